@@ -1,0 +1,272 @@
+"""NSPO2 for B blocks of one shape: samples in, filtered gradient out, statistics kept on the device.
+
+One step, in `step`: score the step's noise rows with the filter in force, filter the gradient, then learn. The filter
+is made of what earlier steps showed, so what it is scored on, and what it is applied to, took no part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .config import NSPO2Config, get_default_config
+from .covariance import CovEstimator, noise_rows
+from .eigensolvers import EigSolver
+from .metrics import summarize
+from .projection import ProjectionHead, coordinates, restrict
+from .strategies import limit_bias, noise_edge, reach, select, significant_rank
+from .trust_region import trust_alpha
+
+HISTORY = 512  # steps over which signal and noise are pooled
+WINDOWS = 64  # the same for the signal in K, which is measured from one eigensolve to the next
+
+
+class NSPO2:
+    """The parts of NSPO2 put together for B blocks of the same shape (one block, when used by hand).
+
+    By hand, in any loop: `grad = nspo2.hook(grad)` once a micro-batch, then `nspo2.step_end()`. The trainer and the
+    optimizer wrapper call `step` with the gradients of many blocks at once.
+
+    Args:
+        config: [`NSPO2Config`] or a mapping with its fields; the published defaults where it is left out.
+        num_blocks: B.
+
+    Raises:
+        ValueError: a bad option, or a gradient whose size is not `config.dim`.
+    """
+
+    def __init__(self, config: NSPO2Config | Mapping | None = None, num_blocks: int = 1):
+        if config is None:
+            config = get_default_config()
+        self.config = config if isinstance(config, NSPO2Config) else NSPO2Config(**config)
+        self.config.validate()
+        self.num_blocks = num_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was learned; the options stay."""
+        self.active = True
+        self.progress = 0.0  # share of training done, for `anneal`
+        self.step_count = self.skipped_steps = 0
+        self.cov: CovEstimator | None = None
+        self._hooked: list[torch.Tensor] = []
+
+    # ---- one step ----
+
+    def step(self, samples: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """Score, filter, learn.
+
+        Args:
+            samples: (n, B, m, d) gradients of the step's n micro-batches, finite, at least float32, scaled so that
+                their mean is the step's gradient.
+            grad: (B, m, d) the gradient to filter: that mean, perhaps clipped. None only scores and learns.
+
+        Returns:
+            (B, m, d) the filtered gradient; `grad` itself while nothing is projected.
+        """
+        if self.cov is None:
+            self._allocate(samples[0])
+        mean = samples[0] if len(samples) == 1 else samples.mean(0)
+        rows = noise_rows(samples, mean, self.previous)
+        head = self.head() if self.is_active else None
+        result = grad if head is None or grad is None else head.apply(grad)
+        if rows is not None:
+            self._score(head, rows, mean, single=len(samples) == 1)
+            self._learn(rows, single=len(samples) == 1)
+        beta = self.config.cov_momentum
+        self.reference.mul_(beta).add_(mean, alpha=1 - beta)
+        self.previous = mean.clone() if len(samples) == 1 else None
+        self.step_count += 1
+        return result
+
+    def _allocate(self, like: torch.Tensor) -> None:
+        config, (blocks, vectors, dim) = self.config, like.shape
+        solver = EigSolver(config.eigensolver, config.epsilon, config.seed)
+        kind = {"dtype": like.dtype, "device": like.device}
+        self.cov = CovEstimator(
+            blocks, dim, config.max_rank, config.update_freq, config.cov_momentum, config.shrinkage, solver, **kind
+        )
+        self.reference = torch.zeros(blocks, vectors, dim, **kind)  # running mean of raw gradients
+        self.previous: torch.Tensor | None = None  # the last step's gradient, where a step has one sample
+        self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
+        width = min(config.projection_rank + 1, self.cov.rank)
+        self.history = torch.zeros(HISTORY, 2, blocks, **kind)  # a step: <mean, reference>, noise energy
+        self.window_taken = torch.zeros(blocks, width, **kind)  # the filter at the window's start
+        self.window_kept = torch.zeros(blocks, vectors, width, **kind)
+        self.window_coords = torch.zeros(blocks, vectors, width, **kind)  # Σ mean in K since the last solve
+        self.window_own = torch.zeros(2, blocks, **kind)  # Σ self products in K', Σ share of them that is removed
+        self.window_steps = self.window_single = 0
+        self.windows = torch.zeros(WINDOWS, blocks, **kind)  # a window: energy of E g that the filter removes
+        self.window_count = 0
+        self.sums = torch.zeros(8, **kind)  # see `metrics.summarize`
+
+    # ---- the filter in force ----
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the next step will be projected."""
+        solved = self.cov is not None and self.cov.solved > 0
+        return self.active and solved and self.config.projection_rank > 0 and self.strength > 0
+
+    @property
+    def strength(self) -> float:
+        """`strength` after `anneal`."""
+        if self.config.anneal == 0:
+            return self.config.strength
+        return self.config.strength * max(0.0, 1 - self.progress / self.config.anneal)
+
+    def head(self) -> ProjectionHead:
+        """The filter that the present state gives; also counts bias, α and rank of it."""
+        config = self.config
+        width = min(config.projection_rank + 1, self.cov.rank)
+        basis = self.cov.basis[:, :width]
+        reference = coordinates(self.reference, basis)
+        norm_squared = torch.linalg.vector_norm(self.reference, dim=(1, 2)).square()
+        rank = limit_bias(config.strategy, self.rank, reference, norm_squared, config.target_bias)
+        rank = rank.clamp(min=min(config.min_rank, width))
+        taken, kept = select(config.strategy, rank, reference)
+        head = ProjectionHead(basis, taken, kept, gain=torch.ones_like(norm_squared))
+        lost = torch.linalg.vector_norm(head.restrict(reference), dim=(1, 2))
+        alpha = trust_alpha(lost * self.strength, norm_squared.sqrt(), config.trust_radius)
+        head.gain = alpha * self.strength
+        # m·m′ and ‖m′‖², with m′ = m - gain R m and R m orthogonal to m - R m
+        dot = norm_squared - head.gain * lost.square()
+        filtered = norm_squared - head.removed_share * lost.square()
+        size = torch.full_like(alpha, 1.0)
+        self.sums[2:] += torch.stack([dot, norm_squared, filtered, alpha, rank.to(alpha.dtype), size]).sum(1)
+        return head
+
+    # ---- what is measured and learned ----
+
+    def _score(self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor, single: bool) -> None:
+        """Add this step to the sums: noise energy and what the filter takes of it, signal, signal in K'."""
+        energy = torch.linalg.vector_norm(rows, dim=(1, 2, 3)).square()
+        # the reference holds earlier steps only, so this is unbiased for ‖E g‖², up to the weight of the reference
+        cross = (mean * self.reference).sum((1, 2))
+        self.history[self.step_count % HISTORY] = torch.stack([cross, energy])
+        if head is None:
+            return
+        inside = coordinates(rows, head.basis)
+        removed = head.removed_share * torch.linalg.vector_norm(head.restrict(inside), dim=(1, 2, 3)).square()
+        self.sums[:2] += torch.stack([energy, removed]).sum(1)
+        if self.window_steps == 0:  # this filter has seen none of the window's gradients
+            self.window_taken, self.window_kept = head.taken, head.kept
+        coords = coordinates(mean, head.basis)
+        own = restrict(coords[:, None] if single else inside, self.window_taken, self.window_kept)
+        own = torch.linalg.vector_norm(own, dim=(1, 2, 3)).square()
+        self.window_coords += coords
+        self.window_own += torch.stack([own, head.removed_share])
+        self.window_steps += 1
+        self.window_single += single
+
+    def _close_window(self) -> None:
+        """Unbiased energy of E g in K' over the window: cross products of different micro-batches or steps only."""
+        pairs = self.window_steps**2 - self.window_single
+        if pairs > 0:
+            inside = restrict(self.window_coords, self.window_taken, self.window_kept)
+            energy = (torch.linalg.vector_norm(inside, dim=(1, 2)).square() - self.window_own[0]) / pairs
+            self.windows[self.window_count % WINDOWS] = energy * self.window_own[1] / self.window_steps
+            self.window_count += 1
+        self.window_coords.zero_()
+        self.window_own.zero_()
+        self.window_steps = self.window_single = 0
+
+    def _learn(self, rows: torch.Tensor, single: bool) -> None:
+        config, (_, n, vectors, _) = self.config, rows.shape
+        self.cov.append(rows.flatten(1, 2))
+        if not self.cov.is_due(n * vectors):
+            return
+        self._close_window()
+        if config.projection_rank == 0:  # only measures
+            self.cov.row_steps.clear()
+            self.cov.solved = self.cov.step
+            return
+        self.cov.solve(hold_last=vectors if single else 0)
+        dim = self.cov.stack.shape[2]
+        limit = min(config.projection_rank, dim // 2)
+        independent, steps = vectors * max(1, n - 1), reach(self.cov.step, config.cov_momentum)
+        edge = noise_edge(dim, limit, steps, config.cov_momentum, independent, overlapping=single)
+        rank = significant_rank(self.cov.eigenvalues, self.cov.trace, edge)
+        self.rank = rank.clamp(min=min(config.min_rank, limit))
+
+    # ---- by hand ----
+
+    def hook(self, grad: torch.Tensor) -> torch.Tensor:
+        """Filter one micro-batch's gradient of any shape, and keep it as a sample for `step_end`.
+
+        A gradient with NaN or Inf in it comes back as it is; its step teaches nothing and is counted.
+        """
+        if self.config.dim not in (None, grad.numel()):
+            raise ValueError(
+                f"`dim` is {self.config.dim}, but the gradient has {grad.numel()} entries: set `dim` to that, or "
+                "leave it out."
+            )
+        sample = grad.detach().to(torch.promote_types(grad.dtype, torch.float32)).reshape(1, 1, -1)
+        self._hooked.append(sample)
+        if not self.is_active or not torch.isfinite(torch.linalg.vector_norm(sample)):
+            return grad
+        return self.head().apply(sample).to(grad.dtype).view_as(grad)
+
+    def step_end(self, metrics: Mapping | None = None) -> None:
+        """Close the step: learn from the gradients that `hook` saw since the last call."""
+        samples, self._hooked = self._hooked, []
+        if not samples:
+            return
+        stacked = torch.stack(samples)
+        if torch.isfinite(torch.linalg.vector_norm(stacked)):
+            self.step(stacked, None)
+        else:
+            self.skipped_steps += 1
+
+    def set_active(self, active: bool) -> None:
+        """Switch the projection on or off; learning goes on."""
+        self.active = bool(active)
+
+    def get_metrics(self) -> dict[str, float]:
+        """Figures since the start; see [`metrics.summarize`]. Waits for the device."""
+        found = {} if self.cov is None else summarize([self])
+        return {**found, "step_count": self.step_count, "skipped_steps": self.skipped_steps}
+
+    # ---- state ----
+
+    _TENSORS = (
+        *("reference", "rank", "history", "sums"),
+        *("window_taken", "window_kept", "window_coords", "window_own", "windows"),
+    )
+    _NUMBERS = ("step_count", "skipped_steps", "window_steps", "window_single", "window_count", "progress")
+
+    def state_dict(self) -> dict:
+        """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""
+        if self.cov is None:
+            return {}
+        state = {name: getattr(self, name).clone() for name in self._TENSORS}
+        state |= {name: getattr(self, name) for name in self._NUMBERS}
+        if self.previous is not None:
+            state["previous"] = self.previous.clone()
+        return state | {"active": self.active, "cov": self.cov.state_dict()}
+
+    def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
+        """Bring back what `state_dict` gave; a step after it equals the step that would have come without it.
+
+        Args:
+            device: where the tensors shall lie; where they lie in `state` if left out.
+
+        Raises:
+            ValueError: the state is of other blocks or other ranks.
+        """
+        self.reset()
+        if not state:
+            return
+        self._allocate(state["reference"].to(device or state["reference"].device))
+        self.cov.load_state_dict(state["cov"])
+        for name in self._TENSORS:
+            own, saved = getattr(self, name), state[name]
+            if own.shape != saved.shape:
+                raise ValueError(
+                    f"the saved `{name}` has shape {tuple(saved.shape)}, this run needs {tuple(own.shape)}"
+                )
+            own.copy_(saved)
+        for name in (*self._NUMBERS, "active"):
+            setattr(self, name, state[name])
+        self.previous = state["previous"].to(self.reference, copy=True) if "previous" in state else None

@@ -1,0 +1,149 @@
+"""CovEstimator: streaming low-rank covariance of gradient noise, for many equal blocks at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .eigensolvers import EigSolver
+
+
+def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor | None:
+    """Rows whose outer products add up to an estimate of Cov(mean) that does not mistake drift for noise.
+
+    Args:
+        samples: (n, B, m, d) gradients of n micro-batches.
+        mean: (B, m, d) their mean, the step's gradient.
+        previous: (B, m, d) the mean of the step before, or None; used where n = 1.
+
+    Returns:
+        n >= 2: (B, n, m, d), (g_i - mean) / sqrt(n (n - 1)). n = 1: (B, 1, m, d), the successive difference
+        (mean - previous) / sqrt(2) (von Neumann 1941), or None without `previous`.
+    """
+    n = samples.shape[0]
+    if n > 1:
+        return (samples - mean).transpose(0, 1).div_(math.sqrt(n * (n - 1)))
+    if previous is None:
+        return None
+    return (mean - previous).div_(math.sqrt(2.0))[:, None]
+
+
+class CovEstimator:
+    """Σ_t decayᵃᵍᵉ rows_tᵀ rows_t in low rank: new rows wait in a buffer, `solve` merges them into the sketch.
+
+    Memory: (rank + buffered rows) x dim floats a block; no dim x dim matrix exists. The buffer holds the rows of at
+    most `update_freq` steps and at most about `2 rank` rows: with many micro-batches a step it is merged earlier.
+
+    Args:
+        num_blocks: B, blocks that share a shape.
+        dim: d, entries of a row.
+        rank: directions tracked.
+        update_freq: steps between two merges.
+        decay: weight of the past a step.
+        shrinkage: share by which eigenvalues are pulled to their mean at a merge.
+        solver: the [`EigSolver`].
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        dim: int,
+        rank: int,
+        update_freq: int,
+        decay: float,
+        shrinkage: float,
+        solver: EigSolver,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.rank, self.update_freq, self.decay, self.shrinkage, self.solver = (
+            min(rank, dim),
+            update_freq,
+            decay,
+            shrinkage,
+            solver,
+        )
+        self.stack = torch.zeros(num_blocks, self.rank, dim, dtype=dtype, device=device)
+        self.eigenvalues = torch.zeros(num_blocks, self.rank, dtype=dtype, device=device)
+        self.trace = torch.zeros(num_blocks, dtype=dtype, device=device)
+        self.row_steps: list[int] = []  # the step at which each buffered row came
+        self.step = self.solved = 0  # steps seen, and how many of them when `solve` last ran
+        self.sketch_step = 0  # the step that the sketch's eigenvalues are of
+
+    @property
+    def basis(self) -> torch.Tensor:
+        """(B, rank, d): orthonormal rows, the tracked directions, strongest first; zero rows where there are none."""
+        return self.stack[:, : self.rank]
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Keep one step's noise rows for the next merge.
+
+        Args:
+            rows: (B, r, d).
+        """
+        count = rows.shape[1]
+        need = self.rank + len(self.row_steps) + count
+        if need > self.stack.shape[1]:
+            room = max(need, self.rank + self._steps_a_merge(count) * count + 1)
+            grown = self.stack.new_zeros(len(self.stack), room, self.stack.shape[2])
+            grown[:, : self.stack.shape[1]] = self.stack
+            self.stack = grown
+        self.stack[:, need - count : need] = rows
+        self.row_steps += [self.step] * count
+        self.trace = self.trace * self.decay + torch.linalg.vector_norm(rows, dim=(1, 2)).square()
+        self.step += 1
+
+    def is_due(self, count: int) -> bool:
+        """Whether to merge now, where a step brings `count` rows."""
+        return self.step - self.solved >= self._steps_a_merge(count)
+
+    def _steps_a_merge(self, count: int) -> int:
+        return max(1, min(self.update_freq, 2 * self.rank // count))
+
+    def solve(self, hold_last: int = 0) -> None:
+        """Merge the buffered rows into the sketch and re-solve: eigenvectors of decayᵃᵍᵉ K Λ Kᵀ + Σ decayᵃᵍᵉ rows.
+
+        Args:
+            hold_last: newest rows that stay in the buffer, because the next rows to be scored share a gradient
+                with them (successive differences).
+        """
+        self.solved = self.step
+        used = len(self.row_steps) - hold_last
+        if used <= 0:
+            return
+        end = self.rank + used
+        held = self.stack[:, end : end + hold_last].clone()
+        now = self.row_steps[used - 1]
+        past = self.eigenvalues * self.decay ** (now - self.sketch_step)
+        ages = torch.tensor([now - step for step in self.row_steps[:used]], dtype=past.dtype, device=past.device)
+        weights = torch.cat([past.sqrt(), (self.decay ** (ages / 2)).expand(len(past), -1)], dim=1)
+        values = self.solver.solve_(self.stack[:, :end], weights, self.rank, orthonormal=self.rank)
+        mean = self.trace[:, None] / self.stack.shape[2]
+        self.eigenvalues = torch.where(values > 0, (1 - self.shrinkage) * values + self.shrinkage * mean, 0.0)
+        self.stack[:, self.rank : self.rank + hold_last] = held
+        self.row_steps = self.row_steps[used:]
+        self.sketch_step = now
+
+    def state_dict(self) -> dict:
+        """Tensors and plain numbers only; the buffer without its free room."""
+        return {
+            "stack": self.stack[:, : self.rank + len(self.row_steps)].clone(),
+            "eigenvalues": self.eigenvalues,
+            "trace": self.trace,
+            "row_steps": list(self.row_steps),
+            "numbers": [self.step, self.solved, self.sketch_step],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises `ValueError` where the state is of other blocks or another rank."""
+        expected = (len(self.stack), self.rank + len(state["row_steps"]), self.stack.shape[2])
+        if tuple(state["stack"].shape) != expected:
+            raise ValueError(
+                f"the saved covariance has shape {tuple(state['stack'].shape)}, this run needs {expected}"
+            )
+        self.stack = state["stack"].to(self.stack, copy=True)
+        self.eigenvalues = state["eigenvalues"].to(self.eigenvalues, copy=True)
+        self.trace = state["trace"].to(self.trace, copy=True)
+        self.row_steps = list(state["row_steps"])
+        self.step, self.solved, self.sketch_step = state["numbers"]

@@ -1,0 +1,91 @@
+"""NSPO2DPOConfig: TRL's DPOConfig and the options of NSPO2, with the prefix `nspo2_`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from trl import DPOConfig
+
+from .config import NSPO2Config, check_options
+
+
+@dataclass
+class NSPO2Arguments:
+    """The options of NSPO2 as a trainer's config has them; see [`NSPO2Config`] for what each does."""
+
+    nspo2_enabled: bool = field(
+        default=True, metadata={"help": "Whether to use NSPO2 at all. `false` is exactly the plain TRL trainer."}
+    )
+    nspo2_strategy: str = field(
+        default="keep",
+        metadata={
+            "help": "Which directions are removed: `noise` the strongest noise directions, `keep` the same without "
+            "what lies along the running mean gradient, `hybrid` half and half. `keep` is the default here (the "
+            "published one is `hybrid`) because it leaves the mean gradient as it is, so that neither trust region "
+            "nor bias bound has to hold the projection back."
+        },
+    )
+    nspo2_projection_rank: int = field(
+        default=16,
+        metadata={"help": "Directions removed per LoRA adapter, at most. 0 measures the noise and removes nothing."},
+    )
+    nspo2_update_freq: int = field(default=10, metadata={"help": "Optimizer steps between two eigensolves."})
+    nspo2_trust_radius: float = field(
+        default=0.1,
+        metadata={"help": "How far the filter may move the running mean gradient, as a share of its norm."},
+    )
+    nspo2_target_bias: float = field(
+        default=0.05,
+        metadata={"help": "Upper bound on 1 - cos(running mean, filtered mean); the rank is lowered until it holds."},
+    )
+    nspo2_max_rank: int = field(
+        default=32, metadata={"help": "Noise directions tracked per adapter; memory is this times the adapter's size."}
+    )
+    nspo2_min_rank: int = field(default=0, metadata={"help": "The rank in force does not fall below this."})
+    nspo2_cov_momentum: float = field(
+        default=0.97, metadata={"help": "Decay per step of the noise covariance and of the running mean gradient."}
+    )
+    nspo2_shrinkage: float = field(
+        default=0.0, metadata={"help": "Share of the way that eigenvalues are pulled towards their mean."}
+    )
+    nspo2_covariance: str = field(
+        default="adapter",
+        metadata={"help": "`adapter`: one vector per LoRA adapter. `factored`: one side of each LoRA matrix."},
+    )
+    nspo2_eigensolver: str = field(
+        default="gram", metadata={"help": "`gram` (sample space), `exact` (small blocks only) or `randomized`."}
+    )
+    nspo2_strength: float = field(
+        default=1.0, metadata={"help": "Share of the component in the noise directions that is removed."}
+    )
+    nspo2_anneal: float = field(
+        default=0.0,
+        metadata={"help": "Share of training over which the strength falls linearly to 0; 0 keeps it constant."},
+    )
+    nspo2_epsilon: float = field(
+        default=1e-6, metadata={"help": "Eigenvalues below this share of the largest one count as zero."}
+    )
+    nspo2_seed: int = field(default=42, metadata={"help": "Seed of the randomized eigensolver."})
+
+    def nspo2_options(self) -> dict:
+        """The options of [`NSPO2Config`] without the prefix."""
+        names = [f.name for f in fields(NSPO2Config) if f.name != "dim"]
+        return {name: getattr(self, f"nspo2_{name}") for name in names}
+
+    def nspo2_config(self) -> NSPO2Config:
+        """The [`NSPO2Config`] that these arguments describe."""
+        return NSPO2Config(**self.nspo2_options())
+
+
+@dataclass
+class NSPO2DPOConfig(NSPO2Arguments, DPOConfig):
+    r"""
+    Configuration class for the [`NSPO2DPOTrainer`]: everything in [`~trl.DPOConfig`], and the `nspo2_` options.
+
+    Raises:
+        ValueError: an `nspo2_` option is out of range; the message names it and says what it must be.
+    """
+
+    def __post_init__(self):
+        check_options(self.nspo2_options(), prefix="nspo2_")
+        super().__post_init__()

@@ -1,0 +1,195 @@
+"""NSPO2DPOTrainer: TRL's DPOTrainer with the gradient of every step filtered by NSPO2.
+
+The data flow of one step: each micro-batch's backward pass leaves its gradient with the [`SampleCollector`]; when the
+last one is done and the gradient is clipped, `_nspo2_step` gathers the samples over ranks, and [`BlockGroups`] scores
+them, filters the gradient in place and learns; then the optimizer steps as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pickle import UnpicklingError
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+from trl import DPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .adapters import lora_blocks
+from .blocks import BlockGroups
+from .dpo_config import NSPO2DPOConfig
+from .samples import SampleCollector, all_finite
+from .timing import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+NSPO2_STATE_NAME = "nspo2_state.pt"
+
+
+class _StepCallback(TrainerCallback):
+    """Calls the trainer at the points of a step that Trainer offers only to callbacks."""
+
+    def __init__(self, trainer: NSPO2Mixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.nspo2_samples.attach()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.trainer.nspo2_samples.next_micro_batch()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._nspo2_step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.nspo2_samples.detach()
+
+
+class NSPO2Mixin:
+    """What any TRL trainer needs to filter its gradients; its config is a [`NSPO2Arguments`] too.
+
+    Raises:
+        ValueError: NSPO2 is on and the run cannot have it: no trainable LoRA adapter, DeepSpeed, FSDP, a model spread
+            over tensor-parallel ranks. The message says what to do.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.nspo2 = None
+        if not self.args.nspo2_enabled:
+            return
+        _refuse_unsupported(self.accelerator)
+        self.nspo2 = BlockGroups(lora_blocks(self.model), self.args.nspo2_config())
+        self.nspo2_time = Stopwatch(self.accelerator.device)
+        self.nspo2_samples = SampleCollector(self.nspo2, self.accelerator, self.nspo2_time)
+        self._nspo2_steps_timed = 0
+        self.add_callback(_StepCallback(self))
+
+    def _nspo2_step(self) -> None:
+        """Filter the gradient that the optimizer is about to use, and learn from the step's samples."""
+        with self.nspo2_time:
+            samples = self.nspo2_samples.collect()
+            if all_finite(samples):
+                if self.state.max_steps > 0:
+                    self.nspo2.set_progress(self.state.global_step / self.state.max_steps)
+                self.nspo2.step(samples)
+            else:
+                self._nspo2_skip()
+            self.nspo2_samples.release()
+        self._nspo2_steps_timed += 1
+
+    def _nspo2_skip(self) -> None:
+        """A sample has NaN or Inf: nothing is learned, and a gradient that would ruin the weights is dropped."""
+        self.nspo2.skipped_steps += 1
+        if self.nspo2.skipped_steps == 1:
+            logger.warning(
+                "A gradient sample of step %d is NaN or infinite: NSPO2 skips this step. Further ones are counted in "
+                "`nspo2/skipped_steps`.",
+                self.state.global_step + 1,
+            )
+        # at rank 0 a run is plain TRL to the bit; under fp16 the loss scaler skips the step itself
+        if self.args.nspo2_projection_rank == 0 or self.accelerator.scaler is not None:
+            return
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.nspo2 is not None and self.model.training and self._nspo2_steps_timed:
+            args = self.args
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            figures = self.nspo2.metrics(batch)
+            figures["overhead_ms"] = 1000 * self.nspo2_time.take() / self._nspo2_steps_timed
+            self._nspo2_steps_timed = 0
+            for name, value in figures.items():
+                self._metrics["train"][f"nspo2/{name}"].append(value)
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.nspo2 is not None and self.args.should_save:
+            torch.save(self.nspo2.state_dict(), os.path.join(output_dir, NSPO2_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.nspo2 is None or checkpoint is None:
+            return
+        path = os.path.join(checkpoint, NSPO2_STATE_NAME)
+        try:
+            self.nspo2.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+            reason = "it is not there" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+            self.nspo2 = self.nspo2_samples.groups = BlockGroups(lora_blocks(self.model), self.args.nspo2_config())
+            logger.warning(
+                "The NSPO2 state `%s` could not be used (%s): the noise estimate starts anew, the rest of the "
+                "checkpoint is restored.",
+                path,
+                reason,
+            )
+
+
+def _refuse_unsupported(accelerator) -> None:
+    kind = accelerator.distributed_type
+    use = "Launch with DDP instead: `accelerate launch --multi_gpu ...`, or set `nspo2_enabled=False`."
+    if kind == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "NSPO2 does not support DeepSpeed: its engine steps inside `backward`, before the gradient of the whole "
+            f"step can be filtered. {use}"
+        )
+    if kind == DistributedType.FSDP:
+        raise ValueError(f"NSPO2 does not support FSDP yet: gradients exist only as shards there. {use}")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ValueError(f"NSPO2 does not support the distributed type {kind.value}. {use}")
+
+
+def check_preferences(dataset, name: str = "train_dataset") -> None:
+    """Refuse a dataset that DPO cannot learn from, before a model is loaded.
+
+    Raises:
+        ValueError: it is empty, or has no `chosen` and `rejected`.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The dataset `{name}` is empty: DPO needs rows with `chosen` and `rejected`.")
+    missing = [f"`{column}`" for column in ("chosen", "rejected") if column not in first]
+    if missing and "chosen_ids" not in first:
+        raise ValueError(
+            f"The dataset `{name}` has no column {' and '.join(missing)}, it has {', '.join(first)}. DPO needs pairs: "
+            "`chosen` and `rejected`, and perhaps `prompt`."
+        )
+
+
+class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
+    """[`~trl.DPOTrainer`] with NSPO2: the same arguments, `args` being a [`NSPO2DPOConfig`] (built when left out).
+
+    A plain `DPOConfig` cannot say how to filter, so it is refused.
+    """
+
+    _tag_names = ["trl", "dpo", "nspo2"]
+    _name = "NSPO2 DPO"
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = NSPO2DPOConfig(f"{model_name.rstrip('/').split('/')[-1]}-NSPO2-DPO")
+        if not isinstance(args, NSPO2DPOConfig):
+            raise TypeError(
+                f"`args` must be an NSPO2DPOConfig, got {type(args).__name__}: replace `DPOConfig(...)` by "
+                "`NSPO2DPOConfig(...)` with the same arguments."
+            )
+        if train_dataset is not None:
+            check_preferences(train_dataset)
+        if args.nspo2_enabled and kwargs.get("peft_config") is None:
+            lora_blocks(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, **kwargs)

@@ -1,0 +1,57 @@
+"""Show what preference training did: the gold score of fresh samples before and after.
+
+Loads the quick start's base model and a LoRA adapter trained on it, lets both continue the same prompts of the test
+split at temperature 1 from the same seed, and prints the mean gold score of each with its standard error, and a few
+of the continuations.
+
+    python recipes/quickstart/score.py ADAPTER_DIR [--num_prompts 200] [--seed 0]
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from build import gold_score, sample
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    """Score the base model and the adapted one, and print both."""
+    parser = argparse.ArgumentParser(description="Gold score of fresh samples before and after preference training.")
+    parser.add_argument("adapter_dir", type=Path, help="folder of the trained LoRA adapter")
+    parser.add_argument("--num_prompts", type=int, default=200, help="how many prompts of the test split to use")
+    parser.add_argument("--seed", type=int, default=0)
+    args, here = parser.parse_args(), Path(__file__).resolve().parent
+    if not (args.adapter_dir / "adapter_config.json").is_file():
+        sys.exit(f"{args.adapter_dir} holds no LoRA adapter: it has no adapter_config.json.")
+
+    with gzip.open(here / "data" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
+        prompts = [json.loads(line)["prompt"] for line in file][: args.num_prompts]
+    tokenizer = AutoTokenizer.from_pretrained(here / "model")
+    model = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32).eval()
+
+    samples = {}
+    for name in ("before", "after"):
+        if name == "after":
+            model = PeftModel.from_pretrained(model, args.adapter_dir).eval()
+        torch.manual_seed(args.seed)
+        samples[name] = sample(model, tokenizer, prompts, desc=f"sampling {name}")
+
+    print(f"\n{'':8}{'mean gold score':>16}{'standard error':>16}{'samples':>9}")
+    for name, texts in samples.items():
+        scores = [gold_score(text) for text in texts if text is not None]
+        error = statistics.stdev(scores) / len(scores) ** 0.5
+        print(f"{name:8}{statistics.mean(scores):>16.2f}{error:>16.2f}{len(scores):>9}")
+    for index, prompt in enumerate(prompts[:3]):
+        print(f"\nprompt: {prompt}")
+        for name, texts in samples.items():
+            print(f"  {name + ':':8}{texts[index] or ' (did not come to an end)'}")
+
+
+if __name__ == "__main__":
+    main()

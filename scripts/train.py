@@ -1,0 +1,222 @@
+"""Train a LoRA adapter with DPO and NSPO2 from a recipe.
+
+    accelerate launch scripts/train.py --config recipes/quickstart/dpo.yaml [--any_field value]
+
+Every field of TRL's ScriptArguments, ModelConfig and DatasetMixtureConfig and of NSPO2DPOConfig may stand in the YAML
+file or on the command line, which wins. `--nspo2_enabled false` is plain DPO from the same recipe.
+`--resume_from_checkpoint true` goes on from the last checkpoint in `output_dir`.
+"""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
+from nspo2_trl.trainer import check_preferences
+
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+HELD_OUT = 0.05  # share of the data that is held out where it has no test split
+
+
+# ---- arguments ----
+
+
+def parse(argv: list[str]) -> tuple:
+    """ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig from `argv`.
+
+    Raises:
+        ValueError: a key of the YAML file that no field has, or a bad value.
+        FileNotFoundError: the YAML file is missing.
+    """
+    parser = TrlParser((ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig))
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" in argv:
+        path = Path((argv + [""])[argv.index("--config") + 1])
+        if not path.is_file():
+            raise FileNotFoundError(f"`--config`: there is no recipe {str(path)!r}.")
+        _check_keys(path, parser)
+    script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"`output_dir` {args.output_dir!r} is a file: choose a folder, it will be made.")
+    if script_args.dataset_name is None and not mixture.datasets:
+        raise ValueError("`dataset_name` is missing: set it to a hub id, a local folder or a .jsonl or .parquet file.")
+    return script_args, args, model_args, mixture
+
+
+def _check_keys(path: Path, parser: HfArgumentParser) -> None:
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
+    known = [action.dest for action in parser._actions] + ["env"]
+    for key in recipe:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{hint}")
+
+
+def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last one in `output_dir`."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("false", "no"):
+        return None
+    if str(wanted).lower() not in ("true", "yes", "last"):
+        if not Path(wanted).is_dir():
+            raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
+        return wanted
+    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if found is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
+        )
+    return found
+
+
+# ---- data ----
+
+
+def load(name: str, config: str | None, streaming: bool) -> DatasetDict:
+    """The splits of a dataset: hub id, local folder, or one file (its rows are the split `train`).
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such dataset, it is empty, or a file of it cannot be read.
+    """
+    path = Path(name)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(name)
+        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+    options = {"path": name, "name": config, "streaming": streaming}
+    if path.is_file():
+        suffix = [s for s in path.suffixes if s in READERS]
+        if not suffix:
+            raise ValueError(f"`dataset_name` {name!r}: a file must end in .jsonl, .json, .parquet or .csv (or .gz).")
+        options |= {"path": READERS[suffix[-1]], "data_files": str(path)}
+    elif not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in (*READERS, ".gz")):
+        raise FileNotFoundError(f"`dataset_name`: there is no file or folder {name!r}.")
+    try:
+        return load_dataset(**options)
+    except StopIteration as error:  # how datasets says that there is no row
+        raise ValueError(f"The dataset {name!r} is empty: DPO needs rows with `chosen` and `rejected`.") from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"`dataset_name` {name!r} could not be read: {error.__cause__}.") from error
+
+
+def splits(script_args: ScriptArguments, args: NSPO2DPOConfig, mixture: DatasetMixtureConfig) -> tuple:
+    """Train and evaluation set; without a test split some of the training rows are held out."""
+    if mixture.datasets:
+        data = get_dataset(mixture)
+    else:
+        data = load(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
+    if train_name not in data:
+        raise ValueError(f"`dataset_train_split` is {train_name!r}, but the dataset has {', '.join(data)}.")
+    if args.eval_strategy == "no":
+        return data[train_name], None
+    if test_name in data:
+        return data[train_name], data[test_name]
+    if script_args.dataset_streaming:
+        raise ValueError(
+            f"The dataset has no split {test_name!r}: set `dataset_test_split`, or `eval_strategy: 'no'`."
+        )
+    check_preferences(data[train_name], script_args.dataset_name)
+    halves = data[train_name].train_test_split(HELD_OUT, seed=args.seed)
+    if args.process_index == 0:
+        print(f"No split {test_name!r}: {len(halves['test'])} of {len(data[train_name])} rows are held out.")
+    return halves["train"], halves["test"]
+
+
+# ---- the run ----
+
+
+def build(script_args, args, model_args, mixture) -> NSPO2DPOTrainer:
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = splits(script_args, args, mixture)
+    return NSPO2DPOTrainer(
+        model_args.model_name_or_path,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def report(trainer: NSPO2DPOTrainer) -> None:
+    """The table at the end: what was measured in this run, before and after."""
+    history, console = trainer.state.log_history, Console()
+    evals = [entry for entry in history if "eval_loss" in entry]
+    if evals:
+        table = Table(title=f"Held-out preference pairs ({trainer.state.global_step} steps)")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="right" if column else "left")
+        for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+            key = f"eval_{name}"
+            table.add_row(name, *(f"{entry[key]:.4f}" if key in entry else "-" for entry in (evals[0], evals[-1])))
+        console.print(table)
+        if evals[0]["step"] == 0:
+            print("Before training the policy is the reference: margins are 0, and ties count as wrong.")
+    means = {}
+    for name in ("variance_reduction", "bias", "rank", "alpha", "noise_scale", "signal_removed", "overhead_ms"):
+        values = [entry[f"nspo2/{name}"] for entry in history if f"nspo2/{name}" in entry]
+        if values:
+            means[name] = sum(values) / len(values)
+    if means:
+        table = Table(title="NSPO2, mean of what was logged")
+        table.add_column("")
+        table.add_column("", justify="right")
+        for name, value in means.items():
+            table.add_row(f"nspo2/{name}", f"{value:.4g}")
+        table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps))
+        console.print(table)
+    print(f"Adapter: {trainer.args.output_dir}")
+    print(f"All logged figures: {os.path.join(trainer.args.output_dir, 'trainer_state.json')}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        script_args, args, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
+        checkpoint = checkpoint_to_resume(args)
+        args.eval_on_start = args.eval_on_start or (args.eval_strategy != "no" and checkpoint is None)
+        trainer = build(script_args, args, model_args, mixture)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if args.eval_strategy != "no" and trainer.state.log_history[-1].get("step") != trainer.state.global_step:
+        trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        report(trainer)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Shared pieces: the quick start's model and pairs, which the project made itself, and tiny trainers on them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # for models this small a second thread only costs time
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "recipes/quickstart/model")
+SHARED = ROOT.parent / "shared"
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+ARGS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 2e-3,
+    "max_steps": 8,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "model_init_kwargs": {"dtype": "float32"},
+    "seed": 0,
+}
+FAST_NSPO2 = {"nspo2_update_freq": 2, "nspo2_projection_rank": 4, "nspo2_max_rank": 8, "nspo2_min_rank": 4}
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    from datasets import load_dataset
+
+    data = load_dataset(str(ROOT / "recipes/quickstart/data"))
+    columns = ["prompt", "chosen", "rejected"]
+    return data["train"].select(range(64)).select_columns(columns)
+
+
+@pytest.fixture
+def make_trainer(pairs, tmp_path):
+    """`make(cls, lora={}, model=None, trainer={}, **args)`: a trainer on the quick start's model, not yet trained."""
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
+
+    def make(cls=NSPO2DPOTrainer, lora=None, model=MODEL, trainer=None, **args):
+        plain = cls is DPOTrainer
+        options = {"output_dir": str(tmp_path / "out")} | ARGS | ({} if plain else FAST_NSPO2) | args
+        config = (DPOConfig if plain else NSPO2DPOConfig)(**options)
+        extra = {"train_dataset": pairs} | (trainer or {})
+        if isinstance(model, str):
+            extra.setdefault("peft_config", LoraConfig(**(LORA | (lora or {}))))
+        return cls(model, args=config, **extra)
+
+    return make
+
+
+def trainable(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def figures(trainer, name: str) -> list[float]:
+    return [entry[f"nspo2/{name}"] for entry in trainer.state.log_history if f"nspo2/{name}" in entry]
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys() and first
+    for name in first:
+        assert torch.equal(first[name], second[name]), name

@@ -1,0 +1,275 @@
+"""The engine against the slow float64 reference, and its invariants as properties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import Reference
+
+from nspo2_trl import NSPO2, NSPO2Config
+from nspo2_trl.metrics import reset_sums, summarize
+
+
+def config(**options):
+    defaults = {"projection_rank": 4, "max_rank": 32, "min_rank": 4, "update_freq": 2, "cov_momentum": 0.9}
+    return NSPO2Config(**(defaults | {"target_bias": 1.0} | options))
+
+
+def stream(steps, n, blocks, dim, seed=0, dtype=torch.float32):
+    """Samples (n, blocks, 1, dim) a step: a fixed mean and noise with a falling spectrum, other axes in each block."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.linalg.qr(torch.randn(blocks, dim, dim, generator=generator)).Q
+    mean = torch.randn(blocks, dim, generator=generator)
+    scales = torch.logspace(1, -1, dim)
+    for _ in range(steps):
+        noise = torch.einsum("nbd,bde->nbe", torch.randn(n, blocks, dim, generator=generator) * scales, axes)
+        yield (mean + noise).to(dtype)[:, :, None]
+
+
+@pytest.mark.parametrize("strategy", ["noise", "keep", "hybrid"])
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-8)])
+def test_agrees_with_the_slow_reference(strategy, n, dtype, tolerance):
+    blocks, dim = 3, 24
+    engine = NSPO2(config(strategy=strategy), num_blocks=blocks)
+    slow = [Reference(dim, strategy) for _ in range(blocks)]
+    for samples in stream(15, n, blocks, dim, dtype=dtype):
+        got = engine.step(samples, samples.mean(0))
+        for block in range(blocks):
+            expected = slow[block].step(samples[:, block, 0])
+            error = (got[block, 0].double() - expected).norm() / expected.norm()
+            assert error < tolerance, (engine.step_count, block)
+    found = summarize([engine])
+    total = sum(s.removed for s in slow) / sum(s.energy for s in slow)
+    assert found["variance_reduction"] == pytest.approx(total, abs=1e-4)
+    if strategy == "keep":
+        assert found["bias"] < 1e-6 and found["alpha"] == 1
+
+
+def test_factored_is_the_reference_with_every_row_a_sample():
+    """A block of m vectors: right covariance over d from n·m rows; the reference direction is one of m·d entries."""
+    torch.manual_seed(0)
+    n, vectors, dim = 3, 2, 12
+    engine = NSPO2(config(strategy="noise", trust_radius=1e9))
+    covariance = None
+    for step in range(8):
+        samples = torch.randn(n, 1, vectors, dim, dtype=torch.float64) * torch.logspace(1, -1, dim)
+        grad = samples.mean(0)
+        got = engine.step(samples, grad)
+        if step >= 2:
+            refreshed = 2 * (step // 2)
+            total = sum(0.9 ** (refreshed - 1 - i) * c for i, c in enumerate(covariance[:refreshed]))
+            top = torch.linalg.eigh(total).eigenvectors.flip(1)[:, :4]
+            assert torch.allclose(got[0], grad[0] - grad[0] @ top @ top.T, atol=1e-9)
+        rows = ((samples - grad) / math.sqrt(n * (n - 1))).reshape(-1, dim)
+        covariance = [*(covariance or []), rows.T @ rows]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    strategy=st.sampled_from(["noise", "keep", "hybrid"]),
+    n=st.integers(1, 5),
+    vectors=st.integers(1, 3),
+    dim=st.integers(2, 40),
+    radius=st.floats(0.01, 2),
+    target=st.floats(0.01, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_invariants_of_the_filter(seed, strategy, n, vectors, dim, radius, target):
+    torch.manual_seed(seed)
+    engine = NSPO2(config(strategy=strategy, trust_radius=radius, target_bias=target, min_rank=0), num_blocks=2)
+    for _ in range(7):
+        samples = torch.randn(n, 2, vectors, dim) * torch.logspace(1, -1, dim) + 0.3
+        grad = samples.mean(0)
+        result = engine.step(samples, grad)
+        assert (result.norm(dim=(1, 2)) <= grad.norm(dim=(1, 2)) * (1 + 1e-5)).all()
+        basis = engine.cov.basis
+        overlap = basis @ basis.mT
+        present = (engine.cov.eigenvalues > 0).float()
+        assert (overlap - torch.diag_embed(present)).abs().max() < 1e-4
+    if engine.is_active:
+        head, m = engine.head(), engine.reference
+        moved = (head.apply(m) - m).norm(dim=(1, 2))
+        assert (moved <= radius * m.norm(dim=(1, 2)) * (1 + 1e-4)).all()
+        cosine = torch.nn.functional.cosine_similarity(head.apply(m).flatten(1), m.flatten(1))
+        assert (1 - cosine <= target + 1e-5).all()
+
+
+def test_rank_zero_and_inactive_return_the_gradient_itself():
+    for engine in (NSPO2(config(projection_rank=0, min_rank=0)), NSPO2(config())):
+        engine.set_active(False)
+        for samples in stream(6, 3, 1, 10):
+            grad = samples.mean(0)
+            assert engine.step(samples, grad) is grad
+
+
+def test_finds_planted_noise_and_scores_it_on_fresh_samples():
+    torch.manual_seed(0)
+    dim, planted = 200, torch.linalg.qr(torch.randn(200, 4)).Q
+    engine = NSPO2(config(strategy="noise", update_freq=10, cov_momentum=0.97, trust_radius=1e9, min_rank=0))
+    for step in range(200):
+        noise = torch.randn(4, 4) @ planted.T * 5 + 0.1 * torch.randn(4, dim)
+        samples = noise[:, None, None]
+        engine.step(samples, samples.mean(0))
+        if step == 20:
+            reset_sums([engine])
+    share = 4 * 25 / (4 * 25 + 0.01 * dim)  # of the noise that is planted
+    assert engine.rank.tolist() == [4]
+    assert summarize([engine])["variance_reduction"] == pytest.approx(share, abs=0.02)
+    angles = torch.rad2deg(torch.arccos(torch.linalg.svdvals(engine.cov.basis[0, :4] @ planted).clamp(max=1)))
+    assert angles.max() < 10
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_white_noise_promises_nothing(n):
+    """Invariant 6: scored on unseen rows, a basis fitted on white noise removes rank/d and no more."""
+    torch.manual_seed(0)
+    dim = 400
+    fixed = NSPO2(config(strategy="noise", min_rank=4, update_freq=5, cov_momentum=0.97, trust_radius=1e9), 8)
+    free = NSPO2(config(strategy="noise", min_rank=0, update_freq=5, cov_momentum=0.97), 8)
+    for _ in range(50):
+        samples = torch.randn(n, 8, 1, dim)
+        for engine in (fixed, free):
+            engine.step(samples, samples.mean(0))
+    assert summarize([fixed])["variance_reduction"] == pytest.approx(4 / dim, rel=0.3)
+    assert free.rank.double().mean() < 0.3
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_noise_scale_and_signal_removed_on_a_planted_problem(n):
+    """The signal lies by 64 % in the noisy directions; the noise is known, so both figures have exact values."""
+    torch.manual_seed(0)
+    dim, batch = 100, 8
+    signal = torch.zeros(dim)
+    signal[0], signal[50] = 0.8, 0.6
+    scales = torch.full((dim,), 0.05)
+    scales[:4] = 1.0
+    engine = NSPO2(config(strategy="noise", update_freq=10, cov_momentum=0.97, trust_radius=1e9, min_rank=4))
+    scales *= n**0.5  # the mean over n samples is equally noisy in both cases
+    for _ in range(600):
+        samples = (signal + torch.randn(n, dim) * scales)[:, None, None]
+        engine.step(samples, samples.mean(0))
+    found = summarize([engine], batch_size=batch)
+    exact = scales.square().sum().item() / n * batch  # ‖E g‖² = 1
+    assert found["noise_scale"] == pytest.approx(exact, rel=0.1)
+    assert found["signal_removed"] == pytest.approx(0.64, abs=0.1)
+    assert found["signal_removed_se"] < 0.1
+
+
+def test_figures_without_evidence_are_left_out():
+    torch.manual_seed(0)
+    engine = NSPO2(config())
+    for _ in range(40):
+        samples = torch.randn(4, 1, 1, 50)
+        engine.step(samples, samples.mean(0))
+    assert "noise_scale" not in summarize([engine]) and "signal_removed" not in summarize([engine])
+
+
+def test_anneal_ends_the_projection():
+    engine = NSPO2(config(anneal=0.5))
+    for samples in stream(6, 3, 1, 20):
+        engine.step(samples, samples.mean(0))
+    assert engine.strength == 1 and engine.is_active
+    engine.progress = 0.25
+    assert engine.strength == 0.5
+    engine.progress = 0.5
+    assert engine.strength == 0 and not engine.is_active
+
+
+def test_strength_removes_its_share():
+    full, half = NSPO2(config(strategy="keep")), NSPO2(config(strategy="keep", strength=0.5))
+    for samples in stream(5, 3, 2, 20):
+        grad = samples.mean(0)
+        a, b = full.step(samples, grad), half.step(samples, grad)
+    assert torch.allclose(b, (grad + a) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stop", [3, 4, 7])
+def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, n, stop):
+    whole, first = NSPO2(config(), 2), NSPO2(config(), 2)
+    second = NSPO2(config(), 2)
+    for step, samples in enumerate(stream(14, n, 2, 20)):
+        if step == stop:
+            torch.save(first.state_dict(), tmp_path / "state.pt")
+            second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        grad = samples.mean(0)
+        expected = whole.step(samples, grad)
+        got = (first if step < stop else second).step(samples, grad)
+        assert torch.equal(expected, got)
+    assert summarize([whole]) == summarize([second])
+
+
+def test_a_state_of_other_blocks_is_refused():
+    small, large = NSPO2(config(), 1), NSPO2(config(projection_rank=6, min_rank=6), 1)
+    for samples in stream(4, 2, 1, 20):
+        small.step(samples, samples.mean(0))
+    with pytest.raises(ValueError, match="this run needs"):
+        large.load_state_dict(small.state_dict())
+
+
+# ---- by hand ----
+
+
+def test_hook_takes_any_shape_and_equals_step():
+    by_hand, engine = NSPO2(config()), NSPO2(config())
+    for samples in stream(9, 1, 1, 24):
+        grad = samples.view(2, 3, 4)
+        got = by_hand.hook(grad)
+        by_hand.step_end()
+        assert torch.equal(got.flatten(), engine.step(samples, samples[0]).flatten())
+    assert by_hand.get_metrics()["step_count"] == 9
+
+
+def test_hook_with_several_micro_batches_a_step():
+    by_hand, engine = NSPO2(config()), NSPO2(config())
+    for samples in stream(9, 3, 1, 24):
+        got = sum(by_hand.hook(sample) for sample in samples) / 3
+        by_hand.step_end()
+        assert torch.allclose(got, engine.step(samples, samples.mean(0)), atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_bad_numbers_teach_nothing_and_are_counted(bad):
+    engine, clean = NSPO2(config()), NSPO2(config())
+    for step, samples in enumerate(stream(10, 1, 1, 24)):
+        if step == 6:
+            ill = samples[0].clone()
+            ill[0, 0, 3] = bad
+            assert engine.hook(ill) is ill
+            engine.step_end()
+        got, expected = engine.hook(samples[0]), clean.hook(samples[0])
+        assert torch.equal(got, expected)
+        engine.step_end()
+        clean.step_end()
+    assert engine.get_metrics()["skipped_steps"] == 1 and clean.get_metrics()["skipped_steps"] == 0
+
+
+def test_half_precision_gradients_are_filtered_in_float32():
+    engine, reference = NSPO2(config()), NSPO2(config())
+    for samples in stream(9, 1, 1, 24):
+        half = samples[0].bfloat16()
+        got, expected = engine.hook(half), reference.hook(half.float())
+        engine.step_end()
+        reference.step_end()
+        assert got.dtype == torch.bfloat16 and torch.equal(got, expected.bfloat16())
+
+
+def test_dim_is_checked_by_hand():
+    engine = NSPO2(config(dim=10))
+    with pytest.raises(ValueError, match="`dim` is 10, but the gradient has 12 entries"):
+        engine.hook(torch.ones(3, 4))
+
+
+def test_reset_forgets():
+    engine, fresh = NSPO2(config()), NSPO2(config())
+    for samples in stream(5, 1, 1, 24):
+        engine.hook(samples[0])
+        engine.step_end()
+    engine.reset()
+    for samples in stream(5, 1, 1, 24, seed=1):
+        assert torch.equal(engine.hook(samples[0]), fresh.hook(samples[0]))
+        engine.step_end()
+        fresh.step_end()

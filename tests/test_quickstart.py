@@ -1,0 +1,89 @@
+"""The quick start's language, model and data are what its README says; and DPO on them visibly works."""
+
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MODEL, ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = ROOT / "recipes/quickstart"
+sys.path.insert(0, str(FOLDER))
+import build
+
+
+def rows(split):
+    with gzip.open(FOLDER / f"data/{split}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_gold_score_counts_words():
+    assert build.gold_score("She SHARED, hugged and cried; unkindly.") == 1
+    assert build.gold_score("") == 0
+
+
+def test_stories_of_the_grammar_are_well_formed():
+    rng = random.Random(0)
+    stories = [build.write_story(rng) for _ in range(200)]
+    opening = [" ".join(first) for first, _ in stories]
+    rest = [" " + " ".join(events) for _, events in stories]
+    assert build.well_formed(opening, rest) == 1
+    assert build.well_formed(["Ada met Bea."], [" Ada the ball kicked."]) == 0
+    scores = [build.gold_score(text) for text in rest]
+    assert min(scores) < -2 < 2 < max(scores)
+
+
+def test_data_is_as_described():
+    train, test = rows("train"), rows("test")
+    assert len(train) == 4000 and len(test) == 500
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    for row in train + test:
+        assert row["score_chosen"] == build.gold_score(row["chosen"]) != row["score_rejected"]
+        assert row["score_rejected"] == build.gold_score(row["rejected"])
+    flipped = sum(row["score_chosen"] < row["score_rejected"] for row in train)
+    assert flipped == 400 and all(row["score_chosen"] > row["score_rejected"] for row in test)
+    assert len({row["chosen"] for row in train} | {row["rejected"] for row in train}) > 7900
+
+
+def test_model_is_small_and_writes_well_formed_sentences():
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    assert model.num_parameters() == 349_728
+    size = sum(path.stat().st_size for name in ("model", "data") for path in (FOLDER / name).iterdir())
+    assert size < 3_000_000
+    torch.manual_seed(0)
+    prompts = [row["prompt"] for row in rows("test")[:64]]
+    written = build.sample(model, tokenizer, prompts)
+    done = [(prompt, text) for prompt, text in zip(prompts, written) if text]
+    assert len(done) >= 60 and build.well_formed(*zip(*done)) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_recipe_teaches_kindness(tmp_path):
+    recipe = ["--config", "recipes/quickstart/dpo.yaml", "--output_dir", str(tmp_path)]
+    subprocess.run(["accelerate", "launch", "scripts/train.py", *recipe], cwd=ROOT, check=True, timeout=300)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [e for e in history if "eval_loss" in e][-1]["eval_rewards/accuracies"] >= 0.70
+    score = [sys.executable, str(FOLDER / "score.py"), str(tmp_path)]
+    printed = subprocess.run(score, capture_output=True, text=True, check=True).stdout
+    before, after = (float(re.search(rf"^{name} +(-?[\d.]+)", printed, re.M)[1]) for name in ("before", "after"))
+    assert after > before + 1
+
+
+def test_score_refuses_a_folder_without_an_adapter(tmp_path):
+    done = subprocess.run([sys.executable, str(FOLDER / "score.py"), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0 and "holds no LoRA adapter" in done.stderr
+
+
+def test_build_overwrites_nothing_unasked(tmp_path):
+    (tmp_path / "data").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "build.py"), "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "pass --force to overwrite" in done.stderr

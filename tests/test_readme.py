@@ -1,0 +1,28 @@
+"""The README's Python blocks run as they stand, and its commands name files that exist."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_python_blocks_run(index, tmp_path, monkeypatch):
+    for name in ("recipes", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[index], {"__name__": "readme"})
+
+
+def test_paths_exist():
+    for path in set(re.findall(r"(?:recipes|scripts|nspo2_trl|tests)/[\w./-]+\w", README)):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_logged_key_is_real():
+    code = "".join((ROOT / f"nspo2_trl/{name}.py").read_text() for name in ("metrics", "blocks", "trainer"))
+    for key in re.findall(r"`nspo2/(\w+)`", README):
+        assert f'"{key}"' in code, key

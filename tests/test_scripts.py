@@ -1,0 +1,266 @@
+"""scripts/train.py as a user runs it, and every way of running it wrongly."""
+
+import gzip
+import json
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, SHARED
+from datasets import Dataset, DatasetDict
+from trl import DPOTrainer
+
+from nspo2_trl import NSPO2DPOTrainer
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import train
+
+RECIPE = str(ROOT / "recipes/quickstart/dpo.yaml")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def command(tmp_path, *extra, steps=4):
+    options = [
+        "--config",
+        RECIPE,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        str(steps),
+        "--use_cpu",
+        "true",
+    ]
+    small = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--nspo2_update_freq", "2"]
+    return [*options, *small, "--disable_tqdm", "true", "--logging_steps", "1", *extra]
+
+
+def few_rows(path, rows=40, columns=("prompt", "chosen", "rejected")):
+    """The first pairs of the quick start as a .jsonl(.gz) file, with some of the columns only."""
+    with gzip.open(ROOT / "recipes/quickstart/data/train.jsonl.gz", "rt") as file:
+        picked = [json.loads(line) for line, _ in zip(file, range(rows))]
+    for row in picked:
+        if "prompt" not in columns:  # implicit prompt
+            row["chosen"], row["rejected"] = row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]
+    picked = [{name: row[name] for name in columns} for row in picked]
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in picked)
+    return picked
+
+
+def refused(capsys, argv) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    return str(stopped.value.code) if stopped.value.code != 2 else capsys.readouterr().err
+
+
+# ---- it works ----
+
+
+def test_trains_reports_and_resumes(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    few_rows(data / "train.jsonl")
+    few_rows(data / "test.jsonl", 8)
+    argv = command(tmp_path, "--dataset_name", str(data), "--save_steps", "3", "--eval_steps", "4", steps=5)
+    train.main(argv)
+    printed = capsys.readouterr().out
+    for words in ("rewards/accuracies", "nspo2/variance_reduction", "before", "after", "trainer_state.json"):
+        assert words in printed, words
+    out = tmp_path / "out"
+    assert (out / "adapter_model.safetensors").is_file() and (out / "checkpoint-3/nspo2_state.pt").is_file()
+    first = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [e["step"] for e in first if "eval_loss" in e] == [0, 4, 5]
+    train.main([*argv, "--resume_from_checkpoint", str(out / "checkpoint-3")])
+    second = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [e["loss"] for e in first if "loss" in e] == [e["loss"] for e in second if "loss" in e]
+    checkpoint = train.checkpoint_to_resume(train.parse([*argv, "--resume_from_checkpoint", "true"])[1])
+    assert checkpoint == str(out / "checkpoint-5")
+
+
+def test_disabled_is_plain_dpo_from_the_same_recipe(tmp_path):
+    parsed = train.parse(command(tmp_path, "--nspo2_enabled", "false"))
+    ours = train.build(*parsed)
+    assert ours.nspo2 is None
+    ours.train()
+    plain = DPOTrainer(
+        parsed[2].model_name_or_path,
+        args=parsed[1],
+        train_dataset=train.splits(parsed[0], parsed[1], parsed[3])[0],
+        eval_dataset=train.splits(parsed[0], parsed[1], parsed[3])[1],
+        peft_config=train.get_peft_config(parsed[2]),
+    )
+    plain.train()
+    assert [e["loss"] for e in ours.state.log_history if "loss" in e] == [
+        e["loss"] for e in plain.state.log_history if "loss" in e
+    ]
+
+
+@pytest.mark.parametrize("columns", [("prompt", "chosen", "rejected"), ("chosen", "rejected")])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "csv", "saved", "folder"])
+def test_kinds_of_local_data(tmp_path, kind, columns):
+    path = tmp_path / f"pairs.{kind}"
+    if kind.startswith("jsonl"):
+        rows = few_rows(path, columns=columns)
+    else:
+        rows = few_rows(tmp_path / "rows.jsonl", columns=columns)
+        dataset = Dataset.from_list(rows)
+        if kind == "parquet":
+            dataset.to_parquet(path)
+        elif kind == "csv":
+            dataset.to_csv(path)
+        elif kind == "saved":
+            DatasetDict(train=dataset).save_to_disk(path)
+        else:
+            path.mkdir()
+            (tmp_path / "rows.jsonl").rename(path / "train.jsonl")
+    script_args, args, _, mixture = train.parse(command(tmp_path, "--dataset_name", str(path)))
+    training, held_out = train.splits(script_args, args, mixture)
+    assert len(training) + len(held_out) == 40 and len(held_out) == 2
+    assert sorted(training.column_names) == sorted(columns)
+    assert rows[0]["chosen"] in [*training["chosen"], *held_out["chosen"]]
+
+
+def test_conversational_pairs(tmp_path, capsys):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with open(tmp_path / "chat.jsonl", "w") as file:
+        for row in few_rows(tmp_path / "rows.jsonl", 12):
+            say = lambda role, text: [{"role": role, "content": text}]
+            turn = {"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["chosen"])}
+            file.write(json.dumps(turn | {"rejected": say("assistant", row["rejected"])}) + "\n")
+    parsed = train.parse(command(tmp_path, "--dataset_name", str(tmp_path / "chat.jsonl"), steps=2))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parsed[2].model_name_or_path)
+    tokenizer.chat_template = template
+    training, _ = train.splits(parsed[0], parsed[1], parsed[3])
+    trainer = NSPO2DPOTrainer(
+        parsed[2].model_name_or_path,
+        args=parsed[1],
+        train_dataset=training,
+        eval_dataset=training,
+        processing_class=tokenizer,
+        peft_config=train.get_peft_config(parsed[2]),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_model_options_reach_the_model(tmp_path):
+    parsed = train.parse(command(tmp_path, "--dtype", "bfloat16", "--attn_implementation", "eager"))
+    trainer = train.build(*parsed)
+    assert str(trainer.model.get_base_model().lm_head.weight.dtype) == "torch.bfloat16"
+    assert trainer.model.config._attn_implementation == "eager"
+    quantized = train.parse(command(tmp_path, "--load_in_4bit", "true"))[2]
+    assert train.get_quantization_config(quantized).load_in_4bit
+
+
+# ---- it refuses ----
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--nspo2_strategy", "quiet"], "`nspo2_strategy` must be one of 'noise', 'keep', 'hybrid', got 'quiet'"),
+        (["--nspo2_projection_rank", "-1"], "`nspo2_projection_rank` must be a whole number of at least 0"),
+        (["--nspo2_update_freq", "0"], "`nspo2_update_freq` must be a whole number of at least 1"),
+        (["--nspo2_trust_radius", "0"], "`nspo2_trust_radius` must be a number above 0"),
+        (["--nspo2_projection_rank", "64"], "raise `nspo2_max_rank` to at least 64"),
+        (["--dataset_name", "./nowhere.jsonl"], "`dataset_name`: there is no file or folder './nowhere.jsonl'"),
+        (["--dataset_name", "README.md"], "`dataset_name` 'README.md': a file must end in"),
+        (["--dataset_train_split", "training"], "`dataset_train_split` is 'training', but the dataset has"),
+        (["--resume_from_checkpoint", "true"], "has no checkpoint: leave it out to start anew"),
+        (["--resume_from_checkpoint", "./nowhere"], "`resume_from_checkpoint`: there is no folder './nowhere'"),
+        (["--use_peft", "false"], "No trainable LoRA adapter was found"),
+        (["--nspo2_rank", "8"], "are not used by the HfArgumentParser"),
+        (["--config", "recipes/none.yaml"], "there is no recipe 'recipes/none.yaml'"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, extra, message):
+    argv = command(tmp_path, *extra)
+    if extra[0] == "--config":
+        argv = extra
+    said = refused(capsys, argv)
+    assert message in said and said.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is empty"),
+        ('{"prompt": "a", "chosen": "b"}\n', "has no column `rejected`, it has prompt, chosen"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": oops\n', "could not be read: JSON parse error"),
+    ],
+)
+def test_unusable_data_is_refused_before_the_model_is_loaded(tmp_path, capsys, text, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    argv = command(tmp_path, "--dataset_name", str(tmp_path / "bad.jsonl"), "--model_name_or_path", "./no/such/model")
+    assert message in refused(capsys, argv)
+
+
+def test_unknown_key_names_the_nearest_option(tmp_path, capsys):
+    recipe = yaml.safe_load(open(RECIPE)) | {"nspo2_projection_rnak": 8}
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(recipe))
+    said = refused(capsys, ["--config", str(tmp_path / "typo.yaml")])
+    assert "sets `nspo2_projection_rnak`, which is no option. Did you mean `nspo2_projection_rank`?" in said
+
+
+def test_output_dir_that_is_a_file_is_left_alone(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert "is a file: choose a folder" in refused(capsys, command(tmp_path))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+# ---- the real model and data ----
+
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the model and data beside the repository are not there")
+
+
+def logged(folder) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+@shared
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pretrained_model_on_sentiment_pairs(tmp_path):
+    model, data = SHARED / "models/stories260k", SHARED / "data/stories_sentiment"
+    options = [
+        "--config",
+        RECIPE,
+        "--model_name_or_path",
+        str(model),
+        "--dataset_name",
+        str(data),
+        "--use_cpu",
+        "true",
+    ]
+    train.main([*options, "--learning_rate", "2e-3", "--max_steps", "150", "--output_dir", str(tmp_path / "out")])
+    history = logged(tmp_path / "out")
+    reductions = [entry["nspo2/variance_reduction"] for entry in history if "nspo2/variance_reduction" in entry]
+    assert [e for e in history if "eval_loss" in e][-1]["eval_rewards/accuracies"] >= 0.70
+    assert sum(reductions) / len(reductions) >= 0.25
+
+
+@shared
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_human_preferences_with_implicit_prompt(tmp_path):
+    model, data = SHARED / "models/stories260k", SHARED / "data/hh_harmless/pairs.jsonl.gz"
+    options = [
+        "--config",
+        RECIPE,
+        "--model_name_or_path",
+        str(model),
+        "--dataset_name",
+        str(data),
+        "--use_cpu",
+        "true",
+    ]
+    train.main([*options, "--learning_rate", "2e-3", "--max_steps", "20", "--output_dir", str(tmp_path / "out")])
+    assert [e for e in logged(tmp_path / "out") if "eval_loss" in e][-1]["step"] == 20

@@ -1,0 +1,371 @@
+"""NSPO2DPOTrainer against plain DPOTrainer, against a loop written out by hand, and against itself resumed."""
+
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from conftest import FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from nspo2_trl import NSPO2, NSPO2DPOConfig, NSPO2DPOTrainer
+from nspo2_trl.adapters import lora_blocks
+from nspo2_trl.trainer import NSPO2_STATE_NAME, _refuse_unsupported
+
+# ---- equality with DPOTrainer (invariant 1) ----
+
+
+@pytest.mark.parametrize("off", [{"nspo2_enabled": False}, {"nspo2_projection_rank": 0}])
+@pytest.mark.parametrize("kind", ["plain", "one micro-batch", "checkpointing"])
+def test_off_equals_dpo_trainer_bit_for_bit(make_trainer, off, kind):
+    args = {
+        "plain": {},
+        "one micro-batch": {"gradient_accumulation_steps": 1},
+        "checkpointing": {"gradient_checkpointing": True},
+    }[kind]
+    ours, plain = make_trainer(max_steps=10, **off, **args), make_trainer(DPOTrainer, max_steps=10, **args)
+    ours.train()
+    plain.train()
+    assert_same(trainable(ours), trainable(plain))
+    assert losses(ours) == losses(plain) and len(losses(ours)) == 10
+
+
+def test_equal_until_the_first_basis_and_different_after(make_trainer):
+    ours, plain = make_trainer(nspo2_update_freq=4), make_trainer(DPOTrainer)
+    ours.train()
+    plain.train()
+    assert losses(ours)[:5] == losses(plain)[:5]
+    assert losses(ours)[5:] != losses(plain)[5:]
+    assert figures(ours, "active") == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_rank_zero_still_measures(make_trainer):
+    trainer = make_trainer(nspo2_projection_rank=0, nspo2_min_rank=0)
+    trainer.train()
+    assert figures(trainer, "active") == [0] * 8 and trainer.nspo2.parts[0].step_count == 8
+    assert not figures(trainer, "variance_reduction")
+
+
+# ---- against a loop written out by hand ----
+
+
+@pytest.mark.parametrize("accumulation, covariance", [(1, "adapter"), (3, "adapter"), (3, "factored")])
+def test_equals_a_loop_by_hand(make_trainer, accumulation, covariance):
+    """Gradients of the micro-batches one by one with autograd.grad, clipping, NSPO2 block by block, SGD by hand."""
+    args = {
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 6,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "learning_rate": 0.05,
+        "train_sampling_strategy": "sequential",
+        "nspo2_covariance": covariance,
+    }
+    trainer, by_hand = make_trainer(**args), make_trainer(**args)
+    trainer.train()
+
+    blocks = lora_blocks(by_hand.model)
+    if covariance == "factored":
+        engines = [[NSPO2(by_hand.args.nspo2_config()) for _ in block.params] for block in blocks]
+    else:
+        engines = [NSPO2(by_hand.args.nspo2_config()) for _ in blocks]
+    params = [p for block in blocks for p in block.params]
+    batches = iter(by_hand.get_train_dataloader())
+    by_hand.model.train()
+    for _ in range(6):
+        samples = []
+        for _ in range(accumulation):
+            loss = by_hand.compute_loss(by_hand.model, by_hand._prepare_inputs(next(batches)))
+            samples.append(torch.autograd.grad(loss, params))
+        mean = [torch.stack(parts).mean(0) for parts in zip(*samples)]
+        clip = min(1.0, 1.0 / (torch.linalg.vector_norm(torch.cat([g.flatten() for g in mean])).item() + 1e-6))
+        filtered, start = [], 0
+        for block, engine in zip(blocks, engines):
+            mine = slice(start, start + len(block.params))
+            start += len(block.params)
+            if covariance == "factored":
+                for part, p, g, e in zip(range(len(block.params)), block.params, mean[mine], engine):
+                    turn = (lambda x: x.T) if p.shape[0] > p.shape[1] else (lambda x: x)
+                    stack = torch.stack([turn(s[mine][part]) for s in samples])[:, None]
+                    filtered.append(turn(e.step(stack, turn(g * clip)[None])[0]))
+                continue
+            stack = torch.stack([torch.cat([g.flatten() for g in s[mine]]) for s in samples])[:, None, None]
+            grad = torch.cat([g.flatten() for g in mean[mine]])[None, None] * clip
+            split = engine.step(stack, grad)[0, 0].split([p.numel() for p in block.params])
+            filtered += [g.view_as(p) for g, p in zip(split, block.params)]
+        with torch.no_grad():
+            for p, g in zip(params, filtered):
+                p -= 0.05 * g
+    first, second = trainable(trainer), trainable(by_hand)
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=2e-6), name
+    # and this is far from what plain DPO does
+    plain = make_trainer(DPOTrainer, **{k: v for k, v in args.items() if not k.startswith("nspo2")})
+    plain.train()
+    assert max((first[name] - other).abs().max() for name, other in trainable(plain).items()) > 1e-4
+
+
+# ---- checkpoints (invariant 4) ----
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, tmp_path, accumulation):
+    args = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": accumulation, "max_steps": 9}
+    whole = make_trainer(**args)
+    whole.train()
+    resumed = make_trainer(**args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
+    assert_same(trainable(whole), trainable(resumed))
+    assert losses(whole) == losses(resumed)
+    assert figures(whole, "variance_reduction") == figures(resumed, "variance_reduction")
+    assert figures(whole, "active")[-1] == 1
+
+
+def test_missing_or_broken_state_is_named_and_the_run_goes_on(make_trainer, tmp_path, caplog):
+    args = {"save_strategy": "steps", "save_steps": 5}
+    make_trainer(**args).train()
+    checkpoint = tmp_path / "out/checkpoint-5"
+    for damage in ("missing", "broken", "other"):
+        folder = tmp_path / damage
+        shutil.copytree(checkpoint, folder)
+        state = folder / NSPO2_STATE_NAME
+        if damage == "missing":
+            state.unlink()
+        elif damage == "broken":
+            state.write_bytes(b"not a state")
+        options = {"nspo2_max_rank": 7} if damage == "other" else {}
+        resumed = make_trainer(**args, **options)
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            resumed.train(resume_from_checkpoint=str(folder))
+        assert any(str(state) in record.getMessage() for record in caplog.records), damage
+        assert resumed.nspo2.parts[0].step_count == 3  # a fresh estimate
+        assert resumed.state.global_step == 8
+
+
+# ---- bad numbers (invariant 5) ----
+
+
+def test_nan_loss_in_the_middle_of_a_run(make_trainer):
+    class Sick(NSPO2DPOTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.calls == 10 else loss  # in step 5 of 2 micro-batches each
+
+    trainer = make_trainer(Sick)
+    before = []
+    step = trainer._nspo2_step
+
+    def watch():
+        before.append((trainable(trainer), trainer.nspo2.state_dict()["groups"]))
+        step()
+
+    trainer._nspo2_step = watch
+    trainer.train()
+    assert figures(trainer, "skipped_steps") == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert_same(before[4][0], before[5][0])  # the step did nothing
+    for name, group in before[4][1].items():
+        after = before[5][1][name]
+        assert torch.equal(group["cov"]["stack"], after["cov"]["stack"]) and torch.equal(
+            group["reference"], after["reference"]
+        )
+    assert all(torch.isfinite(p).all() for p in trainable(trainer).values())
+    assert not torch.equal(next(iter(before[5][0].values())), next(iter(trainable(trainer).values())))
+
+
+# ---- what it works with ----
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+def test_optimizers(make_trainer, optim):
+    off = make_trainer(optim=optim, nspo2_enabled=False, max_steps=4)
+    on = make_trainer(optim=optim, max_steps=4)
+    off.train()
+    on.train()
+    assert losses(on)[:3] == losses(off)[:3]
+    assert any(not torch.equal(p, trainable(off)[name]) for name, p in trainable(on).items())
+    assert figures(on, "active")[-1] == 1
+
+
+def test_optimizer_and_scheduler_passed_in(make_trainer):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
+    optimizer = torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = make_trainer(model=model, model_init_kwargs=None, trainer={"optimizers": (optimizer, scheduler)})
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer and figures(trainer, "active")[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["norm"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"bias": "lora_only"},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_kinds_of_lora(make_trainer, lora):
+    trainer = make_trainer(lora=lora)
+    before = trainable(trainer)
+    trainer.train()
+    in_blocks = [p for block in lora_blocks(trainer.model) for p in block.params]
+    names = [n for n, p in trainer.model.named_parameters() if any(p is q for q in in_blocks)]
+    assert all("lora_" in name for name in names)
+    if "use_dora" in lora:
+        assert all(len(block.params) == 3 for block in lora_blocks(trainer.model))
+    if "embed_tokens" in lora.get("target_modules", []):
+        assert any("lora_embedding_A" in name for name in names)
+    assert figures(trainer, "active")[-1] == 1 and figures(trainer, "variance_reduction")
+    moved = [name for name, p in trainable(trainer).items() if not torch.equal(p, before[name])]
+    assert set(names) <= set(moved)
+    if "modules_to_save" in lora:
+        assert any("modules_to_save" in name for name in set(moved) - set(names))
+
+
+def test_what_is_in_no_block_is_untouched(make_trainer):
+    """With full removal of a block's gradient the norm that is in no block still gets plain DPO's gradient."""
+    seen = {}
+
+    class Watch(NSPO2DPOTrainer):
+        def _nspo2_step(self):
+            name, p = next(
+                (n, p) for n, p in self.model.named_parameters() if "modules_to_save" in n and p.requires_grad
+            )
+            before = p.grad.clone()
+            super()._nspo2_step()
+            seen[name] = seen.get(name, True) and torch.equal(before, p.grad)
+
+    trainer = make_trainer(Watch, lora={"modules_to_save": ["norm"]})
+    trainer.train()
+    assert list(seen.values()) == [True]
+
+
+def test_a_ready_peft_model(make_trainer):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
+    trainer = make_trainer(model=model, model_init_kwargs=None)
+    assert not any(":ref" in block.name for block in lora_blocks(trainer.model))
+    trainer.train()
+    assert figures(trainer, "active")[-1] == 1
+
+
+def test_gradient_checkpointing_sees_the_same_samples(make_trainer):
+    with_it, without = make_trainer(gradient_checkpointing=True), make_trainer()
+    with_it.train()
+    without.train()
+    assert losses(with_it) == pytest.approx(losses(without), rel=1e-4)
+    assert figures(with_it, "variance_reduction") == pytest.approx(figures(without, "variance_reduction"), rel=1e-3)
+
+
+def test_bf16_autocast_and_bf16_adapters(make_trainer):
+    trainer = make_trainer(bf16=True)
+    trainer.train()
+    assert figures(trainer, "active")[-1] == 1
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(**LORA), autocast_adapter_dtype=False)
+    trainer = make_trainer(model=model, model_init_kwargs=None)
+    assert all(p.dtype == torch.bfloat16 for p in trainable(trainer).values())
+    trainer.train()
+    assert figures(trainer, "active")[-1] == 1
+    assert trainer.nspo2.groups[0].grad.dtype == torch.float32
+
+
+def test_trains_twice_and_leaves_no_hooks(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    for _ in range(2):
+        trainer.train()
+        assert all(not p._backward_hooks for p in trainer.model.parameters())
+    assert trainer.nspo2.parts[0].step_count == 6
+
+
+def test_last_group_of_an_epoch_may_be_shorter(make_trainer, pairs):
+    trainer = make_trainer(
+        trainer={"train_dataset": pairs.select(range(10))},
+        max_steps=-1,
+        num_train_epochs=2,
+        gradient_accumulation_steps=3,
+    )
+    trainer.train()  # 5 micro-batches an epoch: steps of 3 and 2
+    assert trainer.state.global_step == 4 and trainer.nspo2.parts[0].step_count == 4
+    assert trainer.nspo2.skipped_steps == 0
+
+
+# ---- what it logs ----
+
+
+def test_logged_figures(make_trainer):
+    trainer = make_trainer(logging_steps=2)
+    trainer.train()
+    last = trainer.state.log_history[-2]
+    for name in ("variance_reduction", "bias", "rank", "alpha", "grad_norm_raw", "grad_norm", "overhead_ms", "active"):
+        assert f"nspo2/{name}" in last, name
+    assert 0 < last["nspo2/variance_reduction"] < 1 and last["nspo2/rank"] == 4
+    assert 0 < last["nspo2/grad_norm"] < last["nspo2/grad_norm_raw"] <= 1.0001  # clipped at 1
+    assert last["nspo2/bias"] < 1e-6 and last["nspo2/alpha"] == 1  # `keep`
+
+
+# ---- refusals ----
+
+
+def test_no_lora_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="No trainable LoRA adapter"):
+        make_trainer(trainer={"peft_config": None})
+    assert make_trainer(trainer={"peft_config": None}, nspo2_enabled=False).nspo2 is None
+
+
+def test_plain_config_is_refused(pairs, tmp_path):
+    with pytest.raises(TypeError, match="replace `DPOConfig"):
+        NSPO2DPOTrainer(MODEL, args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=pairs)
+
+
+def test_args_may_be_left_out(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "transformers.training_args.is_torch_bf16_gpu_available", lambda: True
+    )  # TRL's default is bf16
+    trainer = NSPO2DPOTrainer(MODEL, train_dataset=pairs, peft_config=LoraConfig(**LORA))
+    assert isinstance(trainer.args, NSPO2DPOConfig) and trainer.args.output_dir == "model-NSPO2-DPO"
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ({"prompt": [], "chosen": [], "rejected": []}, "is empty"),
+        ({"prompt": ["a"], "answer": ["b"]}, "no column `chosen` and `rejected`, it has prompt, answer"),
+        ({"prompt": ["a"], "chosen": ["b"]}, "no column `rejected`"),
+    ],
+)
+def test_unusable_data_is_refused(make_trainer, rows, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(trainer={"train_dataset": Dataset.from_dict(rows)})
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_unsupported_launches_are_refused(kind):
+    with pytest.raises(ValueError, match="NSPO2 does not support .*accelerate launch --multi_gpu"):
+        _refuse_unsupported(SimpleNamespace(distributed_type=kind))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("strategy", "quiet"), ("projection_rank", -1), ("update_freq", 0), ("trust_radius", 0.0), ("covariance", "x")],
+)
+def test_bad_options_name_the_field(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^`nspo2_{name}` must be "):
+        NSPO2DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{f"nspo2_{name}": value})
+
+
+def test_config_covers_every_option_of_the_engine(tmp_path):
+    config = NSPO2DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **FAST_NSPO2)
+    assert config.nspo2_config().projection_rank == 4
+    assert all(f"nspo2_{name}" in vars(config) for name in config.nspo2_options())
