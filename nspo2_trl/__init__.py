@@ -2,10 +2,19 @@
 
 from .config import NSPO2Config, get_default_config
 from .core import NSPO2
+from .optimizer import NSPO2Optimizer, create_nspo2_optimizer
 
 __version__ = "0.1.0"
 
-__all__ = ["NSPO2", "NSPO2Config", "NSPO2DPOConfig", "NSPO2DPOTrainer", "get_default_config"]
+__all__ = [
+    "NSPO2",
+    "NSPO2Config",
+    "NSPO2DPOConfig",
+    "NSPO2DPOTrainer",
+    "NSPO2Optimizer",
+    "create_nspo2_optimizer",
+    "get_default_config",
+]
 
 
 def __getattr__(name: str):

@@ -23,7 +23,7 @@ def _one_of(*allowed: str) -> tuple:
 # What one value must be, apart from the others: (test, words for the error message).
 _CHECKS = {
     "dim": (lambda v: v is None or _is_int(v) and v > 0, "a positive whole number, or left out"),
-    "strategy": _one_of("noise", "keep", "hybrid"),
+    "strategy": _one_of("noise", "keep", "hybrid", "auto"),
     "projection_rank": (lambda v: _is_int(v) and v >= 0, "a whole number of at least 0 (0 projects nothing)"),
     "update_freq": (lambda v: _is_int(v) and v >= 1, "a whole number of at least 1 (steps between eigensolves)"),
     "trust_radius": (lambda v: _is_number(v) and v > 0, "a number above 0 (0.1 lets the mean move by 10 %)"),
@@ -33,6 +33,8 @@ _CHECKS = {
     "cov_momentum": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1 (decay a step)"),
     "shrinkage": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "covariance": _one_of("adapter", "factored"),
+    "apply_to": _one_of("gradient", "update"),
+    "sentinel": (lambda v: isinstance(v, bool), "true or false"),
     "eigensolver": _one_of("gram", "exact", "randomized"),
     "strength": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1 (1 is full projection)"),
     "anneal": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1 (share of training, 0 is never)"),
@@ -74,18 +76,23 @@ class NSPO2Config(MutableMapping):
     Every value is checked when it is set; combinations (ranks against each other) when the config is made or used.
 
     Parameters:
-        dim: number of entries of one block, where the caller knows it; checked against the first gradient.
+        dim: number of entries of the gradient given to `NSPO2.hook`, checked there; elsewhere without effect.
         strategy: `"noise"` removes the top noise directions, `"keep"` the same without what points along the running
-            mean gradient (bias 0 by construction), `"hybrid"` half and half.
+            mean gradient (bias 0 by construction), `"hybrid"` half and half; `"auto"` starts with `keep` and moves
+            as the sentinel says.
         projection_rank: number of directions removed a block, at most. 0 only measures.
         update_freq: steps between two eigensolves.
         trust_radius: how far the filter may move the running mean, as a share of its norm.
         target_bias: upper bound on `1 - cos(m, m')`; the rank is lowered until it holds.
-        max_rank: number of directions that the covariance estimate tracks (memory: `max_rank` x dim floats).
-        min_rank: the rank does not fall below this, however insignificant the directions are.
+        max_rank: number of directions that the covariance estimate tracks. Memory: up to 3 `max_rank` x dim floats,
+            the directions and the samples buffered between eigensolves.
+        min_rank: the rank does not fall below this, however insignificant the directions are, and even where
+            `target_bias` would want it.
         cov_momentum: decay a step of the covariance and of the running mean. 0.97 averages over some 33 steps.
         shrinkage: share of the way the eigenvalues are pulled towards their mean (Ledoit and Wolf, 2004).
         covariance: `"adapter"` treats a block as one vector; `"factored"` keeps one side of each matrix.
+        apply_to: `"gradient"` filters before the optimizer, `"update"` lets it step and filters what it changed.
+        sentinel: whether a breach of the bounds lowers the rank, changes the strategy or ends the projection.
         eigensolver: `"gram"` (sample space), `"exact"` (small blocks only) or `"randomized"`.
         strength: share of the component in the noise directions that is removed.
         anneal: share of training over which the strength falls linearly to 0; 0 keeps it constant.
@@ -107,6 +114,8 @@ class NSPO2Config(MutableMapping):
     cov_momentum: float = 0.97
     shrinkage: float = 0.0
     covariance: str = "adapter"
+    apply_to: str = "gradient"
+    sentinel: bool = True
     eigensolver: str = "gram"
     strength: float = 1.0
     anneal: float = 0.0

@@ -6,6 +6,7 @@ is made of what earlier steps showed, so what it is scored on, and what it is ap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,9 +14,10 @@ import torch
 from .config import NSPO2Config, get_default_config
 from .covariance import CovEstimator, noise_rows
 from .eigensolvers import EigSolver
-from .metrics import summarize
+from .metrics import published, summarize
 from .projection import ProjectionHead, coordinates, restrict
-from .strategies import limit_bias, noise_edge, reach, select, significant_rank
+from .sentinel import BiasSentinel
+from .strategies import limit_bias, noise_edge, select, significant_rank
 from .trust_region import trust_alpha
 
 HISTORY = 512  # steps over which signal and noise are pooled
@@ -31,21 +33,33 @@ class NSPO2:
     Args:
         config: [`NSPO2Config`] or a mapping with its fields; the published defaults where it is left out.
         num_blocks: B.
+        sentinel: the [`BiasSentinel`] to obey, where several of these share one; else it gets its own.
+        recent: whether figures fade with `cov_momentum`, or add up until `reset_sums`.
 
     Raises:
         ValueError: a bad option, or a gradient whose size is not `config.dim`.
     """
 
-    def __init__(self, config: NSPO2Config | Mapping | None = None, num_blocks: int = 1):
+    def __init__(
+        self,
+        config: NSPO2Config | Mapping | None = None,
+        num_blocks: int = 1,
+        sentinel: BiasSentinel | None = None,
+        recent: bool = True,
+    ):
         if config is None:
             config = get_default_config()
         self.config = config if isinstance(config, NSPO2Config) else NSPO2Config(**config)
         self.config.validate()
         self.num_blocks = num_blocks
+        self.sums_decay = self.config.cov_momentum if recent else 1.0
+        self._shared_sentinel = sentinel
         self.reset()
 
     def reset(self) -> None:
         """Forget everything that was learned; the options stay."""
+        config = self.config
+        self.sentinel = self._shared_sentinel or BiasSentinel(config.strategy, config.target_bias, config.sentinel)
         self.active = True
         self.progress = 0.0  # share of training done, for `anneal`
         self.step_count = self.skipped_steps = 0
@@ -67,10 +81,14 @@ class NSPO2:
         """
         if self.cov is None:
             self._allocate(samples[0])
+        self.sums.mul_(self.sums_decay)
         mean = samples[0] if len(samples) == 1 else samples.mean(0)
         rows = noise_rows(samples, mean, self.previous)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
+        # the reference holds earlier steps only, so this is unbiased for ‖E g‖², up to the weight of the reference
+        self.history[self.step_count % HISTORY, 0] = (mean * self.reference).sum((1, 2))
+        self.history[self.step_count % HISTORY, 1] = 0
         if rows is not None:
             self._score(head, rows, mean, single=len(samples) == 1)
             self._learn(rows, single=len(samples) == 1)
@@ -107,7 +125,14 @@ class NSPO2:
     def is_active(self) -> bool:
         """Whether the next step will be projected."""
         solved = self.cov is not None and self.cov.solved > 0
-        return self.active and solved and self.config.projection_rank > 0 and self.strength > 0
+        return self.active and solved and self.rank_limit > 0 and self.strength > 0
+
+    @property
+    def rank_limit(self) -> int:
+        """What may be removed at most: `projection_rank`, less where the sentinel says so; half of a small block."""
+        share = self.sentinel.rank_share
+        asked = self.config.projection_rank
+        return min(asked if share == 1 else math.ceil(asked * share), self.cov.stack.shape[2] // 2)
 
     @property
     def strength(self) -> float:
@@ -118,21 +143,22 @@ class NSPO2:
 
     def head(self) -> ProjectionHead:
         """The filter that the present state gives; also counts bias, α and rank of it."""
-        config = self.config
+        config, strategy = self.config, self.sentinel.strategy
         width = min(config.projection_rank + 1, self.cov.rank)
         basis = self.cov.basis[:, :width]
         reference = coordinates(self.reference, basis)
         norm_squared = torch.linalg.vector_norm(self.reference, dim=(1, 2)).square()
-        rank = limit_bias(config.strategy, self.rank, reference, norm_squared, config.target_bias)
-        rank = rank.clamp(min=min(config.min_rank, width))
-        taken, kept = select(config.strategy, rank, reference)
+        rank = self.rank.clamp(max=self.rank_limit)
+        rank = limit_bias(strategy, rank, reference, norm_squared, config.target_bias)
+        rank = rank.clamp(min=min(config.min_rank, self.rank_limit))
+        taken, kept = select(strategy, rank, reference)
         head = ProjectionHead(basis, taken, kept, gain=torch.ones_like(norm_squared))
         lost = torch.linalg.vector_norm(head.restrict(reference), dim=(1, 2))
         alpha = trust_alpha(lost * self.strength, norm_squared.sqrt(), config.trust_radius)
         head.gain = alpha * self.strength
         # m·m′ and ‖m′‖², with m′ = m - gain R m and R m orthogonal to m - R m
         dot = norm_squared - head.gain * lost.square()
-        filtered = norm_squared - head.removed_share * lost.square()
+        filtered = (norm_squared - head.removed_share * lost.square()).clamp_min(0)
         size = torch.full_like(alpha, 1.0)
         self.sums[2:] += torch.stack([dot, norm_squared, filtered, alpha, rank.to(alpha.dtype), size]).sum(1)
         return head
@@ -142,9 +168,7 @@ class NSPO2:
     def _score(self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor, single: bool) -> None:
         """Add this step to the sums: noise energy and what the filter takes of it, signal, signal in K'."""
         energy = torch.linalg.vector_norm(rows, dim=(1, 2, 3)).square()
-        # the reference holds earlier steps only, so this is unbiased for ‖E g‖², up to the weight of the reference
-        cross = (mean * self.reference).sum((1, 2))
-        self.history[self.step_count % HISTORY] = torch.stack([cross, energy])
+        self.history[self.step_count % HISTORY, 1] = energy
         if head is None:
             return
         inside = coordinates(rows, head.basis)
@@ -185,8 +209,8 @@ class NSPO2:
         self.cov.solve(hold_last=vectors if single else 0)
         dim = self.cov.stack.shape[2]
         limit = min(config.projection_rank, dim // 2)
-        independent, steps = vectors * max(1, n - 1), reach(self.cov.step, config.cov_momentum)
-        edge = noise_edge(dim, limit, steps, config.cov_momentum, independent, overlapping=single)
+        # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
+        edge = noise_edge(dim, limit, self.cov.step, config.cov_momentum, max(1, n - 1), overlapping=single)
         rank = significant_rank(self.cov.eigenvalues, self.cov.trace, edge)
         self.rank = rank.clamp(min=min(config.min_rank, limit))
 
@@ -197,19 +221,26 @@ class NSPO2:
 
         A gradient with NaN or Inf in it comes back as it is; its step teaches nothing and is counted.
         """
-        if self.config.dim not in (None, grad.numel()):
+        known = self.config.dim or (self._hooked or [grad])[0].numel()
+        if self.cov is not None:
+            known = self.reference.numel()
+        if grad.numel() != known:
             raise ValueError(
-                f"`dim` is {self.config.dim}, but the gradient has {grad.numel()} entries: set `dim` to that, or "
-                "leave it out."
+                f"`dim` is {known}, but the gradient has {grad.numel()} entries: set `dim` to that or leave it out, "
+                "and use one NSPO2 for each gradient."
             )
-        sample = grad.detach().to(torch.promote_types(grad.dtype, torch.float32)).reshape(1, 1, -1)
+        sample = grad.detach().to(torch.promote_types(grad.dtype, torch.float32), copy=True).reshape(1, 1, -1)
         self._hooked.append(sample)
         if not self.is_active or not torch.isfinite(torch.linalg.vector_norm(sample)):
             return grad
         return self.head().apply(sample).to(grad.dtype).view_as(grad)
 
     def step_end(self, metrics: Mapping | None = None) -> None:
-        """Close the step: learn from the gradients that `hook` saw since the last call."""
+        """Close the step: learn from the gradients that `hook` saw since the last call.
+
+        Args:
+            metrics: what the sentinel shall see, such as `{"loss": ...}` or `{"eval_loss": ...}`.
+        """
         samples, self._hooked = self._hooked, []
         if not samples:
             return
@@ -218,15 +249,16 @@ class NSPO2:
             self.step(stacked, None)
         else:
             self.skipped_steps += 1
+        if metrics or self.step_count % self.config.update_freq == 0:
+            self.sentinel.check({**summarize([self]), **(metrics or {})}, self.step_count)
 
     def set_active(self, active: bool) -> None:
         """Switch the projection on or off; learning goes on."""
         self.active = bool(active)
 
-    def get_metrics(self) -> dict[str, float]:
-        """Figures since the start; see [`metrics.summarize`]. Waits for the device."""
-        found = {} if self.cov is None else summarize([self])
-        return {**found, "step_count": self.step_count, "skipped_steps": self.skipped_steps}
+    def get_metrics(self) -> dict:
+        """Figures of recent steps under their published names, see [`metrics.published`]. Waits for the device."""
+        return published([self], self.skipped_steps)
 
     # ---- state ----
 
@@ -244,7 +276,7 @@ class NSPO2:
         state |= {name: getattr(self, name) for name in self._NUMBERS}
         if self.previous is not None:
             state["previous"] = self.previous.clone()
-        return state | {"active": self.active, "cov": self.cov.state_dict()}
+        return state | {"active": self.active, "cov": self.cov.state_dict(), "sentinel": self.sentinel.state_dict()}
 
     def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
         """Bring back what `state_dict` gave; a step after it equals the step that would have come without it.
@@ -260,6 +292,7 @@ class NSPO2:
             return
         self._allocate(state["reference"].to(device or state["reference"].device))
         self.cov.load_state_dict(state["cov"])
+        self.sentinel.load_state_dict(state["sentinel"])
         for name in self._TENSORS:
             own, saved = getattr(self, name), state[name]
             if own.shape != saved.shape:

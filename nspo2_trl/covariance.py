@@ -23,7 +23,7 @@ def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor
     """
     n = samples.shape[0]
     if n > 1:
-        return (samples - mean).transpose(0, 1).div_(math.sqrt(n * (n - 1)))
+        return (samples - mean).transpose(0, 1).contiguous().div_(math.sqrt(n * (n - 1)))
     if previous is None:
         return None
     return (mean - previous).div_(math.sqrt(2.0))[:, None]
@@ -41,7 +41,7 @@ class CovEstimator:
         rank: directions tracked.
         update_freq: steps between two merges.
         decay: weight of the past a step.
-        shrinkage: share by which eigenvalues are pulled to their mean at a merge.
+        shrinkage: share by which eigenvalues are pulled to their mean when they are read.
         solver: the [`EigSolver`].
     """
 
@@ -65,7 +65,7 @@ class CovEstimator:
             solver,
         )
         self.stack = torch.zeros(num_blocks, self.rank, dim, dtype=dtype, device=device)
-        self.eigenvalues = torch.zeros(num_blocks, self.rank, dtype=dtype, device=device)
+        self.values = torch.zeros(num_blocks, self.rank, dtype=dtype, device=device)  # before shrinkage
         self.trace = torch.zeros(num_blocks, dtype=dtype, device=device)
         self.row_steps: list[int] = []  # the step at which each buffered row came
         self.step = self.solved = 0  # steps seen, and how many of them when `solve` last ran
@@ -75,6 +75,13 @@ class CovEstimator:
     def basis(self) -> torch.Tensor:
         """(B, rank, d): orthonormal rows, the tracked directions, strongest first; zero rows where there are none."""
         return self.stack[:, : self.rank]
+
+    @property
+    def eigenvalues(self) -> torch.Tensor:
+        """(B, rank): variances along `basis`, shrunk towards the mean over all dimensions; 0 for zero rows."""
+        mean = self.trace[:, None] / self.stack.shape[2]
+        shrunk = (1 - self.shrinkage) * self.values + self.shrinkage * mean
+        return torch.where(self.values > 0, shrunk, 0.0)
 
     def append(self, rows: torch.Tensor) -> None:
         """Keep one step's noise rows for the next merge.
@@ -115,12 +122,10 @@ class CovEstimator:
         end = self.rank + used
         held = self.stack[:, end : end + hold_last].clone()
         now = self.row_steps[used - 1]
-        past = self.eigenvalues * self.decay ** (now - self.sketch_step)
+        past = self.values * self.decay ** (now - self.sketch_step)
         ages = torch.tensor([now - step for step in self.row_steps[:used]], dtype=past.dtype, device=past.device)
         weights = torch.cat([past.sqrt(), (self.decay ** (ages / 2)).expand(len(past), -1)], dim=1)
-        values = self.solver.solve_(self.stack[:, :end], weights, self.rank, orthonormal=self.rank)
-        mean = self.trace[:, None] / self.stack.shape[2]
-        self.eigenvalues = torch.where(values > 0, (1 - self.shrinkage) * values + self.shrinkage * mean, 0.0)
+        self.values = self.solver.solve_(self.stack[:, :end], weights, self.rank, orthonormal=self.rank)
         self.stack[:, self.rank : self.rank + hold_last] = held
         self.row_steps = self.row_steps[used:]
         self.sketch_step = now
@@ -129,7 +134,7 @@ class CovEstimator:
         """Tensors and plain numbers only; the buffer without its free room."""
         return {
             "stack": self.stack[:, : self.rank + len(self.row_steps)].clone(),
-            "eigenvalues": self.eigenvalues,
+            "values": self.values,
             "trace": self.trace,
             "row_steps": list(self.row_steps),
             "numbers": [self.step, self.solved, self.sketch_step],
@@ -143,7 +148,7 @@ class CovEstimator:
                 f"the saved covariance has shape {tuple(state['stack'].shape)}, this run needs {expected}"
             )
         self.stack = state["stack"].to(self.stack, copy=True)
-        self.eigenvalues = state["eigenvalues"].to(self.eigenvalues, copy=True)
+        self.values = state["values"].to(self.values, copy=True)
         self.trace = state["trace"].to(self.trace, copy=True)
         self.row_steps = list(state["row_steps"])
         self.step, self.solved, self.sketch_step = state["numbers"]

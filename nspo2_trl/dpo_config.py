@@ -20,9 +20,9 @@ class NSPO2Arguments:
         default="keep",
         metadata={
             "help": "Which directions are removed: `noise` the strongest noise directions, `keep` the same without "
-            "what lies along the running mean gradient, `hybrid` half and half. `keep` is the default here (the "
-            "published one is `hybrid`) because it leaves the mean gradient as it is, so that neither trust region "
-            "nor bias bound has to hold the projection back."
+            "what lies along the running mean gradient, `hybrid` half and half, `auto` starts with `keep` and moves "
+            "as the sentinel says. `keep` is the default here (the published one is `hybrid`) because it leaves the "
+            "mean gradient as it is, so that neither trust region nor bias bound has to hold the projection back."
         },
     )
     nspo2_projection_rank: int = field(
@@ -39,9 +39,15 @@ class NSPO2Arguments:
         metadata={"help": "Upper bound on 1 - cos(running mean, filtered mean); the rank is lowered until it holds."},
     )
     nspo2_max_rank: int = field(
-        default=32, metadata={"help": "Noise directions tracked per adapter; memory is this times the adapter's size."}
+        default=32,
+        metadata={
+            "help": "Noise directions tracked per adapter. The state is at most about three times this many floats "
+            "for each adapter parameter (directions, and up to twice as many buffered samples)."
+        },
     )
-    nspo2_min_rank: int = field(default=0, metadata={"help": "The rank in force does not fall below this."})
+    nspo2_min_rank: int = field(
+        default=0, metadata={"help": "The rank in force does not fall below this, even for `nspo2_target_bias`."}
+    )
     nspo2_cov_momentum: float = field(
         default=0.97, metadata={"help": "Decay per step of the noise covariance and of the running mean gradient."}
     )
@@ -51,6 +57,20 @@ class NSPO2Arguments:
     nspo2_covariance: str = field(
         default="adapter",
         metadata={"help": "`adapter`: one vector per LoRA adapter. `factored`: one side of each LoRA matrix."},
+    )
+    nspo2_apply_to: str = field(
+        default="gradient",
+        metadata={
+            "help": "`gradient`: filter the gradient before the optimizer. `update`: let the optimizer step and "
+            "filter what it changed."
+        },
+    )
+    nspo2_sentinel: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether a breach (bias above the target, a trust region that holds most of the projection back, "
+            "a rising `eval_loss`) lowers the rank, then moves to a milder strategy, then ends the projection."
+        },
     )
     nspo2_eigensolver: str = field(
         default="gram", metadata={"help": "`gram` (sample space), `exact` (small blocks only) or `randomized`."}

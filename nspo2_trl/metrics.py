@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,31 +40,51 @@ def summarize(parts: list[NSPO2], batch_size: float = 1.0) -> dict[str, float]:
     return found | _signal(parts, batch_size)
 
 
+def published(parts: list[NSPO2], skipped_steps: int) -> dict:
+    """Figures of recent steps under the names that NSPO2 was published with; NaN where nothing was measured yet.
+
+    `noise_scale` is in units of one step's batch here, since an optimizer does not know how large that is.
+    """
+    found = summarize(parts) if all(part.cov is not None for part in parts) else {}
+    rank = found.get("rank", 0.0)
+    return {
+        "recent_variance_reduction": found.get("variance_reduction", math.nan),
+        "current_rank": int(rank) if rank == int(rank) else rank,
+        "current_strategy": parts[0].sentinel.strategy,
+        "bias": found.get("bias", math.nan),
+        "trust_alpha": found.get("alpha", math.nan),
+        "noise_scale": found.get("noise_scale", math.nan),
+        "signal_removed": found.get("signal_removed", math.nan),
+        "step_count": max(part.step_count for part in parts),
+        "skipped_steps": skipped_steps,
+        "is_active": any(part.is_active for part in parts),
+    }
+
+
 def reset_sums(parts: list[NSPO2]) -> None:
     """Start the averages of `summarize` anew; windows of the signal estimate stay."""
     for part in parts:
-        part.sums.zero_()
+        if part.cov is not None:
+            part.sums.zero_()
 
 
 def _signal(parts: list[NSPO2], batch_size: float) -> dict[str, float]:
     """Signal from products of each gradient with the running mean of earlier ones, pooled over blocks."""
-    steps = min(part.step_count for part in parts)
-    count = min(steps, len(parts[0].history))
+    count = min(min(part.step_count, len(part.history)) for part in parts)
     if count < MIN_STEPS:
         return {}
-    products, noise = sum(_newest(part.history, steps, count) for part in parts).T
-    decay = parts[0].config.cov_momentum
-    weights = 1 - decay ** torch.arange(steps - count, steps, dtype=torch.float64)  # of the running mean, so far
-    signal = (products.sum() / weights.sum()).item()
+    products, noise = sum(_newest(part.history, part.step_count, count) for part in parts).T
+    steps = max(part.step_count for part in parts)
+    weights = 1 - parts[0].config.cov_momentum ** torch.arange(steps - count, steps, dtype=torch.float64)
+    signal = (products.sum() / weights.sum()).item()  # the running mean, still growing from 0, has these weights
     # the products are uncorrelated but for the small part that the running mean's own noise has in common
     error = ((products - signal * weights).square().sum().sqrt() / weights.sum()).item()
     if signal < 2 * error or signal <= 0:
         return {}
     found = {"noise_scale": batch_size * noise.sum().item() / (noise > 0).sum().item() / signal}
-    windows = min(part.window_count for part in parts)
-    count = min(windows, len(parts[0].windows))
+    count = min(min(part.window_count, len(part.windows)) for part in parts)
     if count >= MIN_WINDOWS:
-        removed = sum(_newest(part.windows[:, None], windows, count)[:, 0] for part in parts)
+        removed = sum(_newest(part.windows[:, None], part.window_count, count)[:, 0] for part in parts)
         share = removed.mean().item() / signal
         standard_error = ((removed.var().item() / count + (share * error) ** 2) ** 0.5) / signal
         if standard_error < MAX_STANDARD_ERROR:

@@ -91,9 +91,3 @@ class SampleCollector:
         for buffer in self.buffers:
             buffer[: self.slot + 1].zero_()
         self.slot, self._touched = 0, False
-
-
-def all_finite(samples: list[torch.Tensor]) -> bool:
-    """Whether no sample has NaN, Inf or entries so large that their squares overflow. Waits for the device once."""
-    norms = torch.stack([torch.linalg.vector_norm(part).to(samples[0].device) for part in samples])
-    return bool(torch.isfinite(norms.square().sum()))

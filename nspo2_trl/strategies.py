@@ -13,11 +13,6 @@ import math
 import torch
 
 
-def reach(steps: int, decay: float) -> int:
-    """Of `steps` steps, how many still weigh at least 1/1000 of the newest; the others are left out of the edge."""
-    return max(1, min(steps, math.ceil(math.log(1e-3) / math.log(decay)) if decay > 0 else 1))
-
-
 @functools.lru_cache(maxsize=64)
 def _time_weights(steps: int, decay: float, overlapping: bool) -> torch.Tensor:
     """Eigenvalues (J,) of the covariance that the steps' noise rows have in time, decay included.
@@ -33,7 +28,6 @@ def _time_weights(steps: int, decay: float, overlapping: bool) -> torch.Tensor:
     return torch.linalg.eigvalsh(matrix * weights.sqrt()[:, None] * weights.sqrt()).clamp_min(0)
 
 
-@functools.lru_cache(maxsize=64)
 def noise_edge(dim: int, limit: int, steps: int, decay: float, rows: float, overlapping: bool) -> torch.Tensor:
     """Largest eigenvalue of a decayed covariance of white noise, as a share of its trace, by dimensions left.
 
@@ -42,12 +36,20 @@ def noise_edge(dim: int, limit: int, steps: int, decay: float, rows: float, over
     Σ (w c / (1 - w c))² = d, it is (d + Σ w c / (1 - w c)) / c. Added are 2 Tracy-Widom scales (Johnstone 2001).
 
     Args:
-        dim: d. limit: how many directions may be taken out. steps: steps learned from, at most [`reach`].
-        decay: a step. rows: independent noise rows a step. overlapping: successive differences.
+        dim: d. limit: how many directions may be taken out. steps: steps learned from. decay: a step.
+        rows: independent noise rows a step. overlapping: successive differences.
 
     Returns:
         (limit,) float64, for d, d - 1, … dimensions.
     """
+    # steps that weigh less than 1/1000 of the newest are left out, and of more than 256 several are taken as one
+    reach = max(1, min(steps, math.ceil(math.log(1e-3) / math.log(decay)) if decay > 0 else 1))
+    group = math.ceil(reach / 256)
+    return _edge(dim, limit, math.ceil(reach / group), decay**group, rows * group, overlapping)
+
+
+@functools.lru_cache(maxsize=64)
+def _edge(dim: int, limit: int, steps: int, decay: float, rows: float, overlapping: bool) -> torch.Tensor:
     weights = _time_weights(steps, decay, overlapping)
     dims = dim - torch.arange(limit, dtype=torch.float64)
     low, high = torch.zeros_like(dims), torch.full_like(dims, 1 / weights.max().item())
@@ -118,7 +120,9 @@ def select(strategy: str, rank: torch.Tensor, reference: torch.Tensor) -> tuple[
     """
     plain, orthogonal = split_rank(strategy, rank)
     index = torch.arange(reference.shape[2], device=reference.device)
-    end = rank + (orthogonal > 0).long()  # one more than is removed, since one direction is given back
+    end = rank
+    if reference.shape[1] == 1:  # take one more, since one is given back; of m vectors each, one dimension of m·k is
+        end = rank + (orthogonal > 0).long()
     taken = (index < end[:, None]).to(reference.dtype)
     keeps = (index >= plain[:, None]) & (index < end[:, None])
     kept = torch.where(keeps[:, None, :], reference, 0.0)

@@ -1,8 +1,9 @@
 """NSPO2DPOTrainer: TRL's DPOTrainer with the gradient of every step filtered by NSPO2.
 
 The data flow of one step: each micro-batch's backward pass leaves its gradient with the [`SampleCollector`]; when the
-last one is done and the gradient is clipped, `_nspo2_step` gathers the samples over ranks, and [`BlockGroups`] scores
-them, filters the gradient in place and learns; then the optimizer steps as ever.
+last one is done and the gradient is clipped, `_nspo2_begin_step` gathers the samples over ranks, and [`BlockGroups`]
+scores them, filters the gradient in place and learns; then the optimizer steps as ever. With
+`nspo2_apply_to="update"` the filtering is done in `_nspo2_end_step`, on what the optimizer changed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .adapters import lora_blocks
-from .blocks import BlockGroups
+from .blocks import BlockGroups, any_bad
 from .dpo_config import NSPO2DPOConfig
-from .samples import SampleCollector, all_finite
+from .samples import SampleCollector
 from .timing import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,15 @@ class _StepCallback(TrainerCallback):
         self.trainer.nspo2_samples.next_micro_batch()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._nspo2_step()
+        self.trainer._nspo2_begin_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._nspo2_end_step()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        losses = {name: value for name, value in (metrics or {}).items() if name == "eval_loss"}
+        if losses and state.global_step > 0:
+            self.trainer.nspo2.sentinel.check(losses, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.nspo2_samples.detach()
@@ -61,40 +70,34 @@ class NSPO2Mixin:
         if not self.args.nspo2_enabled:
             return
         _refuse_unsupported(self.accelerator)
-        self.nspo2 = BlockGroups(lora_blocks(self.model), self.args.nspo2_config())
+        blocks = lora_blocks(self.model)
+        self.nspo2 = BlockGroups(blocks, self.args.nspo2_config())
+        mine = {id(p) for block in blocks for p in block.params}
+        self._nspo2_others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in mine]
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self.nspo2_samples = SampleCollector(self.nspo2, self.accelerator, self.nspo2_time)
         self._nspo2_steps_timed = 0
         self.add_callback(_StepCallback(self))
 
-    def _nspo2_step(self) -> None:
-        """Filter the gradient that the optimizer is about to use, and learn from the step's samples."""
+    def _nspo2_begin_step(self) -> None:
+        """The gradient is complete, the optimizer about to step: filter it, and learn from the step's samples."""
         with self.nspo2_time:
-            samples = self.nspo2_samples.collect()
-            if all_finite(samples):
-                if self.state.max_steps > 0:
-                    self.nspo2.set_progress(self.state.global_step / self.state.max_steps)
-                self.nspo2.step(samples)
-            else:
-                self._nspo2_skip()
+            if self.state.max_steps > 0:
+                self.nspo2.set_progress(self.state.global_step / self.state.max_steps)
+            others = [p.grad for p in self._nspo2_others if p.grad is not None]
+            fine = self.nspo2.begin_step(self.nspo2_samples.collect(), others)
+        # A gradient that would ruin the weights is dropped; but at rank 0 a run is plain TRL to the bit, and under
+        # fp16 the loss scaler skips the step itself.
+        if fine or self.args.nspo2_projection_rank == 0 or self.accelerator.scaler is not None:
+            return
+        if any_bad(p.grad for p in self.model.parameters()):
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _nspo2_end_step(self) -> None:
+        with self.nspo2_time:
+            self.nspo2.end_step()
             self.nspo2_samples.release()
         self._nspo2_steps_timed += 1
-
-    def _nspo2_skip(self) -> None:
-        """A sample has NaN or Inf: nothing is learned, and a gradient that would ruin the weights is dropped."""
-        self.nspo2.skipped_steps += 1
-        if self.nspo2.skipped_steps == 1:
-            logger.warning(
-                "A gradient sample of step %d is NaN or infinite: NSPO2 skips this step. Further ones are counted in "
-                "`nspo2/skipped_steps`.",
-                self.state.global_step + 1,
-            )
-        # at rank 0 a run is plain TRL to the bit; under fp16 the loss scaler skips the step itself
-        if self.args.nspo2_projection_rank == 0 or self.accelerator.scaler is not None:
-            return
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            self.optimizer.zero_grad(set_to_none=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.nspo2 is not None and self.model.training and self._nspo2_steps_timed:
@@ -103,6 +106,10 @@ class NSPO2Mixin:
             figures = self.nspo2.metrics(batch)
             figures["overhead_ms"] = 1000 * self.nspo2_time.take() / self._nspo2_steps_timed
             self._nspo2_steps_timed = 0
+            self.nspo2.sentinel.check(
+                {name: figures[name] for name in ("bias", "alpha") if name in figures}, self.state.global_step
+            )
+            figures["sentinel_level"] = self.nspo2.sentinel.level
             for name, value in figures.items():
                 self._metrics["train"][f"nspo2/{name}"].append(value)
         super().log(logs, start_time)
@@ -119,7 +126,7 @@ class NSPO2Mixin:
         path = os.path.join(checkpoint, NSPO2_STATE_NAME)
         try:
             self.nspo2.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = "it is not there" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
             self.nspo2 = self.nspo2_samples.groups = BlockGroups(lora_blocks(self.model), self.args.nspo2_config())
             logger.warning(
@@ -142,6 +149,11 @@ def _refuse_unsupported(accelerator) -> None:
         raise ValueError(f"NSPO2 does not support FSDP yet: gradients exist only as shards there. {use}")
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ValueError(f"NSPO2 does not support the distributed type {kind.value}. {use}")
+    plan = accelerator.parallelism_config
+    if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
+        raise ValueError(f"NSPO2 does not support tensor, context or sequence parallelism. {use}")
+    if accelerator.device.type == "mps":
+        raise ValueError("NSPO2 needs float64 for its small matrices, which MPS does not have: set `use_cpu=True`.")
 
 
 def check_preferences(dataset, name: str = "train_dataset") -> None:
@@ -168,7 +180,7 @@ class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
     """
 
     _tag_names = ["trl", "dpo", "nspo2"]
-    _name = "NSPO2 DPO"
+    _name = "DPO"  # the model card cites the paper that goes with it
 
     def __init__(
         self,

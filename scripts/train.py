@@ -10,6 +10,7 @@ file or on the command line, which wins. `--nspo2_enabled false` is plain DPO fr
 import difflib
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import yaml
@@ -34,6 +35,16 @@ from nspo2_trl.trainer import check_preferences
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HELD_OUT = 0.05  # share of the data that is held out where it has no test split
+WORDS = {
+    "variance_reduction": "share of the noise removed",
+    "bias": "1 - cos of mean and filtered mean",
+    "rank": "directions removed an adapter",
+    "alpha": "share the trust region lets through",
+    "noise_scale": "pairs a step that still pay",
+    "signal_removed": "share of the signal removed",
+    "active": "share of steps projected",
+    "overhead_ms": "a step",
+}
 
 
 # ---- arguments ----
@@ -47,15 +58,28 @@ def parse(argv: list[str]) -> tuple:
         FileNotFoundError: the YAML file is missing.
     """
     parser = TrlParser((ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig))
+    parser.error = _raise  # one sentence, not pages of usage
+    if not argv:
+        raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
         path = Path((argv + [""])[argv.index("--config") + 1])
         if not path.is_file():
             raise FileNotFoundError(f"`--config`: there is no recipe {str(path)!r}.")
         _check_keys(path, parser)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for arg in argv:
+        flag = arg.split("=")[0]
+        if flag.startswith("--") and flag != "--config" and not any(option.startswith(flag) for option in known):
+            raise ValueError(f"There is no option `{flag}`.{_nearest(flag, known)}")
     script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
+    model = model_args.model_name_or_path
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise FileNotFoundError(f"`model_name_or_path`: there is no folder {model!r}.")
+    if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
     if Path(args.output_dir).is_file():
         raise ValueError(f"`output_dir` {args.output_dir!r} is a file: choose a folder, it will be made.")
     if script_args.dataset_name is None and not mixture.datasets:
@@ -70,9 +94,16 @@ def _check_keys(path: Path, parser: HfArgumentParser) -> None:
     known = [action.dest for action in parser._actions] + ["env"]
     for key in recipe:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{hint}")
+            raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{_nearest(str(key), known)}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
 
 
 def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
@@ -130,6 +161,8 @@ def splits(script_args: ScriptArguments, args: NSPO2DPOConfig, mixture: DatasetM
     train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
     if train_name not in data:
         raise ValueError(f"`dataset_train_split` is {train_name!r}, but the dataset has {', '.join(data)}.")
+    if not script_args.dataset_streaming:
+        check_preferences(data[train_name], script_args.dataset_name or "of the mixture")
     if args.eval_strategy == "no":
         return data[train_name], None
     if test_name in data:
@@ -138,7 +171,6 @@ def splits(script_args: ScriptArguments, args: NSPO2DPOConfig, mixture: DatasetM
         raise ValueError(
             f"The dataset has no split {test_name!r}: set `dataset_test_split`, or `eval_strategy: 'no'`."
         )
-    check_preferences(data[train_name], script_args.dataset_name)
     halves = data[train_name].train_test_split(HELD_OUT, seed=args.seed)
     if args.process_index == 0:
         print(f"No split {test_name!r}: {len(halves['test'])} of {len(data[train_name])} rows are held out.")
@@ -149,6 +181,8 @@ def splits(script_args: ScriptArguments, args: NSPO2DPOConfig, mixture: DatasetM
 
 
 def build(script_args, args, model_args, mixture) -> NSPO2DPOTrainer:
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
@@ -172,7 +206,8 @@ def report(trainer: NSPO2DPOTrainer) -> None:
     history, console = trainer.state.log_history, Console()
     evals = [entry for entry in history if "eval_loss" in entry]
     if evals:
-        table = Table(title=f"Held-out preference pairs ({trainer.state.global_step} steps)")
+        size = len(trainer.eval_dataset) if hasattr(trainer.eval_dataset, "__len__") else "some"
+        table = Table(title=f"{size} held-out pairs, {trainer.state.global_step} steps")
         for column in ("", "before", "after"):
             table.add_column(column, justify="right" if column else "left")
         for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen"):
@@ -182,7 +217,7 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         if evals[0]["step"] == 0:
             print("Before training the policy is the reference: margins are 0, and ties count as wrong.")
     means = {}
-    for name in ("variance_reduction", "bias", "rank", "alpha", "noise_scale", "signal_removed", "overhead_ms"):
+    for name in WORDS:
         values = [entry[f"nspo2/{name}"] for entry in history if f"nspo2/{name}" in entry]
         if values:
             means[name] = sum(values) / len(values)
@@ -190,10 +225,17 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         table = Table(title="NSPO2, mean of what was logged")
         table.add_column("")
         table.add_column("", justify="right")
+        table.add_column("")
         for name, value in means.items():
-            table.add_row(f"nspo2/{name}", f"{value:.4g}")
-        table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps))
+            table.add_row(f"nspo2/{name}", f"{value:.4g}", WORDS[name])
+        table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers")
+        table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
+        if "variance_reduction" not in means and trainer.args.nspo2_projection_rank > 0:
+            print(
+                f"NSPO2 projected nothing: the first basis comes after {trainer.args.nspo2_update_freq} steps "
+                "(`nspo2_update_freq`), and the first log after that shows it."
+            )
     print(f"Adapter: {trainer.args.output_dir}")
     print(f"All logged figures: {os.path.join(trainer.args.output_dir, 'trainer_state.json')}")
 
@@ -206,12 +248,21 @@ def main(argv: list[str] | None = None) -> None:
         trainer = build(script_args, args, model_args, mixture)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    main_process = trainer.accelerator.is_main_process
+    if checkpoint is not None and main_process:
+        print(f"Resuming from {checkpoint}.")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        again = f"add `--resume_from_checkpoint true` to go on from {last}" if last else "there is no checkpoint yet"
+        sys.exit(f"Interrupted after step {trainer.state.global_step}: {again}.")
     trainer.save_model()
-    trainer.save_state()
-    if args.eval_strategy != "no" and trainer.state.log_history[-1].get("step") != trainer.state.global_step:
+    evaluated = any("eval_loss" in e and e["step"] == trainer.state.global_step for e in trainer.state.log_history)
+    if args.eval_strategy != "no" and not evaluated:
         trainer.evaluate()
-    if trainer.accelerator.is_main_process:
+    trainer.save_state()
+    if main_process:
         report(trainer)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -219,4 +270,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # TRL and Transformers call their own deprecated names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     main()

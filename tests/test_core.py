@@ -13,7 +13,14 @@ from nspo2_trl.metrics import reset_sums, summarize
 
 
 def config(**options):
-    defaults = {"projection_rank": 4, "max_rank": 32, "min_rank": 4, "update_freq": 2, "cov_momentum": 0.9}
+    defaults = {
+        "sentinel": False,
+        "projection_rank": 4,
+        "max_rank": 32,
+        "min_rank": 4,
+        "update_freq": 2,
+        "cov_momentum": 0.9,
+    }
     return NSPO2Config(**(defaults | {"target_bias": 1.0} | options))
 
 
@@ -33,7 +40,7 @@ def stream(steps, n, blocks, dim, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-8)])
 def test_agrees_with_the_slow_reference(strategy, n, dtype, tolerance):
     blocks, dim = 3, 24
-    engine = NSPO2(config(strategy=strategy), num_blocks=blocks)
+    engine = NSPO2(config(strategy=strategy), num_blocks=blocks, recent=False)
     slow = [Reference(dim, strategy) for _ in range(blocks)]
     for samples in stream(15, n, blocks, dim, dtype=dtype):
         got = engine.step(samples, samples.mean(0))
@@ -257,10 +264,59 @@ def test_half_precision_gradients_are_filtered_in_float32():
         assert got.dtype == torch.bfloat16 and torch.equal(got, expected.bfloat16())
 
 
-def test_dim_is_checked_by_hand():
-    engine = NSPO2(config(dim=10))
+def test_sizes_are_checked_by_hand():
     with pytest.raises(ValueError, match="`dim` is 10, but the gradient has 12 entries"):
-        engine.hook(torch.ones(3, 4))
+        NSPO2(config(dim=10)).hook(torch.ones(3, 4))
+    engine = NSPO2(config())
+    engine.hook(torch.ones(12))
+    with pytest.raises(ValueError, match="`dim` is 12, but the gradient has 7 entries"):
+        engine.hook(torch.ones(7))
+
+
+def test_hook_keeps_its_own_copy_of_the_sample():
+    """As a tensor hook it sees gradients that autograd then adds the next micro-batch to, in place."""
+    engine = NSPO2(config())
+    weight = torch.ones(5, requires_grad=True)
+    weight.register_hook(engine.hook)
+    for factor in (1.0, 2.0, 4.0):
+        (weight.sum() * factor).backward()
+    assert [sample.flatten()[0].item() for sample in engine._hooked] == [1, 2, 4]
+    assert weight.grad[0] == 7
+
+
+def test_min_rank_is_bounded_by_rank_and_block_and_removes_no_whole_gradient():
+    torch.manual_seed(0)
+    for options, dim, most in (({"projection_rank": 4, "min_rank": 8}, 40, 4), ({"min_rank": 4}, 4, 2)):
+        engine = NSPO2(config(strategy="noise", trust_radius=1e9, **options), 3)
+        for _ in range(12):
+            samples = torch.randn(3, 3, 1, dim)
+            result = engine.step(samples, samples.mean(0))
+        assert engine.head().taken.sum(1).max() <= most
+        assert (result.norm(dim=(1, 2)) > 0.05 * samples.mean(0).norm(dim=(1, 2))).all()
+        assert math.isfinite(engine.get_metrics()["bias"])
+
+
+def test_steps_of_one_sample_among_others_do_not_bias_the_noise_scale():
+    torch.manual_seed(0)
+    signal = torch.zeros(60)
+    signal[0] = 1.0
+    engine = NSPO2(config(cov_momentum=0.97), recent=False)
+    for step in range(500):
+        n = 1 if step % 4 == 3 else 4
+        samples = (signal + torch.randn(n, 60))[:, None, None]
+        engine.step(samples, samples.mean(0))
+    assert summarize([engine])["noise_scale"] == pytest.approx(60 / 4, rel=0.15)
+
+
+def test_factored_rows_of_one_sample_are_not_independent():
+    """Noise white over d whose m rows are the same up to a factor: m times the rows, but no more evidence."""
+    torch.manual_seed(0)
+    engine = NSPO2(config(min_rank=0, projection_rank=16, cov_momentum=0.97), 4)
+    for _ in range(50):
+        factors = torch.nn.functional.normalize(torch.randn(4, 4, 8, 1), dim=2)
+        samples = factors * torch.randn(4, 4, 1, 300)
+        engine.step(samples, samples.mean(0))
+    assert engine.rank.double().mean() < 0.3
 
 
 def test_reset_forgets():

@@ -45,7 +45,7 @@ def test_rank_is_the_number_of_directions_removed(seed, strategy, vectors, rank,
     )
     lost = vectors * dim - torch.linalg.matrix_rank(matrix, atol=1e-4)
     whole = {"noise": rank, "keep": 0, "hybrid": (rank + 1) // 2}[strategy]
-    part = (rank - whole + 1) * vectors - 1 if rank > whole else 0
+    part = (rank - whole + (vectors == 1)) * vectors - 1 if rank > whole else 0
     assert lost == whole * vectors + part
 
 

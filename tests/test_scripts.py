@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 
 import pytest
@@ -165,7 +166,10 @@ def test_model_options_reach_the_model(tmp_path):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--nspo2_strategy", "quiet"], "`nspo2_strategy` must be one of 'noise', 'keep', 'hybrid', got 'quiet'"),
+        (
+            ["--nspo2_strategy", "quiet"],
+            "`nspo2_strategy` must be one of 'noise', 'keep', 'hybrid', 'auto', got 'quiet'",
+        ),
         (["--nspo2_projection_rank", "-1"], "`nspo2_projection_rank` must be a whole number of at least 0"),
         (["--nspo2_update_freq", "0"], "`nspo2_update_freq` must be a whole number of at least 1"),
         (["--nspo2_trust_radius", "0"], "`nspo2_trust_radius` must be a number above 0"),
@@ -176,7 +180,12 @@ def test_model_options_reach_the_model(tmp_path):
         (["--resume_from_checkpoint", "true"], "has no checkpoint: leave it out to start anew"),
         (["--resume_from_checkpoint", "./nowhere"], "`resume_from_checkpoint`: there is no folder './nowhere'"),
         (["--use_peft", "false"], "No trainable LoRA adapter was found"),
-        (["--nspo2_rank", "8"], "are not used by the HfArgumentParser"),
+        (
+            ["--nspo2_projection_rnak", "8"],
+            "no option `--nspo2_projection_rnak`. Did you mean `--nspo2_projection_rank",
+        ),
+        (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["--model_name_or_path", "./nowhere"], "`model_name_or_path`: there is no folder './nowhere'"),
         (["--config", "recipes/none.yaml"], "there is no recipe 'recipes/none.yaml'"),
     ],
 )
@@ -199,8 +208,43 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, extra, message):
 )
 def test_unusable_data_is_refused_before_the_model_is_loaded(tmp_path, capsys, text, message):
     (tmp_path / "bad.jsonl").write_text(text)
-    argv = command(tmp_path, "--dataset_name", str(tmp_path / "bad.jsonl"), "--model_name_or_path", "./no/such/model")
+    argv = command(tmp_path, "--dataset_name", str(tmp_path / "bad.jsonl"), "--model_name_or_path", "no/such-model")
     assert message in refused(capsys, argv)
+
+
+def test_no_arguments_at_all(capsys):
+    assert "give `--config RECIPE.yaml`" in refused(capsys, [])
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = command(tmp_path)
+    argv.remove("--use_cpu")
+    argv.remove("true")
+    assert "add `--use_cpu true`" in refused(capsys, argv)
+
+
+def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupt(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(NSPO2DPOTrainer, "_nspo2_end_step", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(command(tmp_path, "--save_steps", "2", "--eval_strategy", "no", steps=6))
+    assert "Interrupted after step 3: add `--resume_from_checkpoint true` to go on from" in stopped.value.code
+    assert stopped.value.code.endswith("checkpoint-2.")
+
+
+def test_a_run_too_short_to_project_says_so(tmp_path, capsys):
+    train.main(command(tmp_path, "--nspo2_update_freq", "50", "--eval_strategy", "no", steps=2))
+    assert "NSPO2 projected nothing: the first basis comes after 50 steps" in capsys.readouterr().out
+
+
+def test_the_package_imports_from_beside_the_repository():
+    """Installed with -e, from a folder that holds the repository: its folder has the package's name."""
+    done = subprocess.run([sys.executable, "-c", "from nspo2_trl import NSPO2"], cwd=ROOT.parent, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_unknown_key_names_the_nearest_option(tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nspo2_trl.strategies import limit_bias, noise_edge, reach, select, significant_rank, split_rank
+from nspo2_trl.strategies import _edge, limit_bias, noise_edge, select, significant_rank, split_rank
 
 
 def count_significant(seed, rows, steps, dim, decay, single, spikes=()):
@@ -18,7 +18,7 @@ def count_significant(seed, rows, steps, dim, decay, single, spikes=()):
     weighted = (noise * (decay ** torch.arange(steps - 1, -1, -1.0)).sqrt()[:, None, None]).flatten(0, 1)
     small = weighted @ weighted.T if len(weighted) < dim else weighted.T @ weighted
     values = torch.linalg.eigvalsh(small.double()).flip(0)[None, :16]
-    edge = noise_edge(dim, min(16, dim // 2), reach(steps, decay), decay, rows, single)
+    edge = noise_edge(dim, min(16, dim // 2), steps, decay, rows, single)
     return significant_rank(values, weighted.square().sum()[None], edge).item()
 
 
@@ -39,6 +39,15 @@ def test_planted_spikes_are_counted(rows, steps, dim, single):
 
 def test_a_spike_below_the_detection_edge_is_left_alone():
     assert sum(count_significant(seed, 3, 10, 1000, 0.97, False, [2.0]) for seed in range(20)) <= 3
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_the_edge_of_a_long_memory_is_found_fast_and_right(overlapping):
+    """Beyond 256 steps several are taken as one; that hardly moves the edge, and decay 0.9999 is no trouble."""
+    coarse, fine = noise_edge(500, 4, 600, 0.99, 3, overlapping), _edge(500, 4, 600, 0.99, 3, overlapping)
+    assert torch.allclose(coarse, fine, rtol=0.02)
+    slow, slower = (noise_edge(500, 1, 10**6, decay, 3, overlapping).item() for decay in (0.999, 0.9999))
+    assert 1 / 500 < slower < slow
 
 
 def test_the_edge_without_decay_is_marchenko_and_pastur():

@@ -1,5 +1,6 @@
 """NSPO2DPOTrainer against plain DPOTrainer, against a loop written out by hand, and against itself resumed."""
 
+import contextlib
 import logging
 import shutil
 from types import SimpleNamespace
@@ -162,13 +163,13 @@ def test_nan_loss_in_the_middle_of_a_run(make_trainer):
 
     trainer = make_trainer(Sick)
     before = []
-    step = trainer._nspo2_step
+    step = trainer._nspo2_begin_step
 
     def watch():
         before.append((trainable(trainer), trainer.nspo2.state_dict()["groups"]))
         step()
 
-    trainer._nspo2_step = watch
+    trainer._nspo2_begin_step = watch
     trainer.train()
     assert figures(trainer, "skipped_steps") == [0, 0, 0, 0, 1, 1, 1, 1]
     assert_same(before[4][0], before[5][0])  # the step did nothing
@@ -179,6 +180,62 @@ def test_nan_loss_in_the_middle_of_a_run(make_trainer):
         )
     assert all(torch.isfinite(p).all() for p in trainable(trainer).values())
     assert not torch.equal(next(iter(before[5][0].values())), next(iter(trainable(trainer).values())))
+
+
+def test_nan_outside_the_blocks_is_skipped_too(make_trainer):
+    trainer = make_trainer(lora={"modules_to_save": ["norm"]})
+    norm = next(p for n, p in trainer.model.named_parameters() if "modules_to_save" in n and p.requires_grad)
+    calls = []
+    norm.register_hook(lambda grad: grad * float("nan") if calls.append(0) or len(calls) == 9 else grad)
+    trainer.train()
+    assert figures(trainer, "skipped_steps")[-1] == 1
+    assert all(torch.isfinite(p).all() for p in trainable(trainer).values())
+
+
+# ---- in update space ----
+
+
+def test_update_space_filters_what_the_optimizer_changed(make_trainer):
+    """With SGD and full strength both spaces are the same; with Adam they are not."""
+    sgd = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
+    gradient, update = make_trainer(**sgd), make_trainer(nspo2_apply_to="update", **sgd)
+    gradient.train()
+    update.train()
+    for name, p in trainable(gradient).items():
+        assert torch.allclose(p, trainable(update)[name], atol=1e-6), name
+    gradient, update = make_trainer(), make_trainer(nspo2_apply_to="update")
+    gradient.train()
+    update.train()
+    assert losses(gradient)[:3] == losses(update)[:3] and losses(gradient)[4:] != losses(update)[4:]
+    assert figures(update, "active")[-1] == 1
+
+
+def test_update_space_resumes_bit_for_bit(make_trainer, tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 5, "nspo2_apply_to": "update"}
+    whole = make_trainer(**args)
+    whole.train()
+    resumed = make_trainer(**args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
+    assert_same(trainable(whole), trainable(resumed))
+
+
+def test_sentinel_reads_eval_loss_and_its_state_survives(make_trainer, pairs, tmp_path, caplog):
+    class Worse(NSPO2DPOTrainer):
+        """Every evaluation finds a higher loss than the one before."""
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss if self.model.training else loss * (1 + self.state.global_step)
+
+    args = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 8}
+    trainer = make_trainer(Worse, trainer={"eval_dataset": pairs.select(range(4))}, **args)
+    with caplog.at_level(logging.WARNING, logger="nspo2_trl"):
+        trainer.train()
+    assert "eval_loss rose to" in caplog.text and "half the rank" in caplog.text
+    assert trainer.nspo2.sentinel.level > 0
+    resumed = make_trainer(trainer={"eval_dataset": pairs.select(range(4))}, **args)
+    resumed.nspo2.load_state_dict(torch.load(tmp_path / "out/checkpoint-8" / NSPO2_STATE_NAME, weights_only=True))
+    assert resumed.nspo2.sentinel.state_dict() == trainer.nspo2.sentinel.state_dict()
 
 
 # ---- what it works with ----
@@ -238,12 +295,12 @@ def test_what_is_in_no_block_is_untouched(make_trainer):
     seen = {}
 
     class Watch(NSPO2DPOTrainer):
-        def _nspo2_step(self):
+        def _nspo2_begin_step(self):
             name, p = next(
                 (n, p) for n, p in self.model.named_parameters() if "modules_to_save" in n and p.requires_grad
             )
             before = p.grad.clone()
-            super()._nspo2_step()
+            super()._nspo2_begin_step()
             seen[name] = seen.get(name, True) and torch.equal(before, p.grad)
 
     trainer = make_trainer(Watch, lora={"modules_to_save": ["norm"]})
@@ -288,16 +345,62 @@ def test_trains_twice_and_leaves_no_hooks(make_trainer):
     assert trainer.nspo2.parts[0].step_count == 6
 
 
-def test_last_group_of_an_epoch_may_be_shorter(make_trainer, pairs):
-    trainer = make_trainer(
-        trainer={"train_dataset": pairs.select(range(10))},
-        max_steps=-1,
-        num_train_epochs=2,
-        gradient_accumulation_steps=3,
-    )
+def watch_samples(trainer) -> list:
+    """For each step the mean of the samples and the gradient, of the first group."""
+    seen, begin = [], trainer.nspo2.begin_step
+
+    def watch(samples, others):
+        trainer.nspo2.groups[0].read_grads()
+        seen.append((samples[0].mean(0), trainer.nspo2.groups[0].grad.clone(), len(samples[0])))
+        return begin(samples, others)
+
+    trainer.nspo2.begin_step = watch
+    return seen
+
+
+def test_samples_average_to_the_gradient_also_in_a_shorter_last_group(make_trainer, pairs):
+    data, args = pairs.select(range(10)), {"max_steps": -1, "num_train_epochs": 2, "max_grad_norm": 0.0}
+    trainer = make_trainer(trainer={"train_dataset": data}, gradient_accumulation_steps=3, **args)
+    seen = watch_samples(trainer)
     trainer.train()  # 5 micro-batches an epoch: steps of 3 and 2
-    assert trainer.state.global_step == 4 and trainer.nspo2.parts[0].step_count == 4
-    assert trainer.nspo2.skipped_steps == 0
+    assert [n for *_, n in seen] == [3, 2, 3, 2]
+    for mean, grad, _ in seen:
+        assert torch.allclose(mean, grad, rtol=1e-4, atol=1e-7) and grad.norm() > 0
+    assert trainer.nspo2.parts[0].step_count == 4 and trainer.nspo2.skipped_steps == 0
+
+
+def test_loss_scale_of_fp16_is_taken_out_and_overflow_teaches_nothing(make_trainer):
+    """fp16's GradScaler, which works on a CPU too: samples are unscaled, and a skipped step stays skipped."""
+
+    class Scaled(NSPO2DPOTrainer):
+        calls = 0
+
+        def create_optimizer(self, *args):
+            self.accelerator.scaler, self.accelerator.native_amp = scaler, True
+            return super().create_optimizer(*args)
+
+        def compute_loss(self, *args, **kwargs):
+            self.accelerator.state._mixed_precision = "fp16"  # not before, so that the model stays in float32
+            self.calls += 1
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("inf") if self.calls == 9 else loss
+
+        def autocast_smart_context_manager(self, *args, **kwargs):
+            return contextlib.nullcontext()
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer = make_trainer(Scaled)
+    seen = watch_samples(trainer)
+    try:
+        trainer.train()
+    finally:
+        trainer.accelerator.state._mixed_precision = "no"
+    for step, (mean, grad, _) in enumerate(seen):
+        if step != 4:  # the gradient is clipped, so only the direction is the same
+            cosine = torch.nn.functional.cosine_similarity(mean.flatten(), grad.flatten(), 0)
+            assert cosine > 0.999 and mean.norm() < 100, step
+    assert figures(trainer, "skipped_steps")[-1] == 1 and scaler.get_scale() == 512
+    assert all(torch.isfinite(p).all() for p in trainable(trainer).values())
 
 
 # ---- what it logs ----
@@ -354,6 +457,16 @@ def test_unusable_data_is_refused(make_trainer, rows, message):
 def test_unsupported_launches_are_refused(kind):
     with pytest.raises(ValueError, match="NSPO2 does not support .*accelerate launch --multi_gpu"):
         _refuse_unsupported(SimpleNamespace(distributed_type=kind))
+
+
+def test_other_parallelism_and_mps_are_refused():
+    plan = SimpleNamespace(tp_enabled=True, cp_enabled=False, sp_enabled=False)
+    common = {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match="does not support tensor, context or sequence parallelism"):
+        _refuse_unsupported(SimpleNamespace(parallelism_config=plan, **common))
+    common = {"distributed_type": DistributedType.NO, "device": torch.device("mps")}
+    with pytest.raises(ValueError, match="use_cpu=True"):
+        _refuse_unsupported(SimpleNamespace(parallelism_config=None, **common))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""NSPO2Optimizer: NSPO2 around any torch optimizer, in any training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from .adapters import lora_blocks
+from .blocks import Block, BlockGroups, any_bad
+from .config import NSPO2Config, get_default_config
+from .metrics import published
+
+logger = logging.getLogger(__name__)
+
+
+def _module_blocks(model: nn.Module) -> list[Block]:
+    """LoRA adapters where the model has trainable ones, else the trainable parameters of each module."""
+    try:
+        return lora_blocks(model)
+    except ValueError:
+        seen: set[int] = set()
+        blocks = []
+        for name, module in model.named_modules():
+            params = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+            seen.update(id(p) for p in params)
+            if params:
+                blocks.append(Block(name or "model", params))
+        return blocks
+
+
+def create_nspo2_optimizer(
+    params: nn.Module | Iterable,
+    optimizer_cls: type[torch.optim.Optimizer],
+    optimizer_kwargs: Mapping | None = None,
+    config: NSPO2Config | Mapping | None = None,
+    blocks: Iterable[Iterable[nn.Parameter]] | None = None,
+) -> NSPO2Optimizer:
+    """Wrap a torch optimizer so that every step's gradient (or update) is filtered by NSPO2.
+
+    Args:
+        params: parameters, parameter groups, an iterator over either, or a model. Of a model, each LoRA adapter is a
+            block, else each module; of parameters, each tensor is one.
+        optimizer_cls: class of the optimizer to wrap, such as `torch.optim.Adam`.
+        optimizer_kwargs: its arguments, such as `{"lr": 1e-3}`.
+        config: [`NSPO2Config`] or a mapping; `get_default_config()` if left out.
+        blocks: lists of parameters that shall be filtered as one vector each; parameters in none are left alone.
+
+    Raises:
+        ValueError: no parameter, a bad option, a parameter of `blocks` that is not optimized, or an optimizer that
+            evaluates a closure several times a step.
+    """
+    if config is None:
+        config = get_default_config()
+    config = config if isinstance(config, NSPO2Config) else NSPO2Config(**config)
+    if isinstance(params, nn.Module):
+        found = _module_blocks(params)
+        params = [p for p in params.parameters() if p.requires_grad]
+    else:
+        params, found = list(params), None
+    if not params:
+        raise ValueError("`params` holds no trainable parameter: pass `model.parameters()` or the model itself.")
+    optimizer = optimizer_cls(params, **(optimizer_kwargs or {}))
+    if blocks is not None:
+        found = [Block(f"block {i}", list(block)) for i, block in enumerate(blocks)]
+    return NSPO2Optimizer(optimizer, config, found)
+
+
+class NSPO2Optimizer(torch.optim.Optimizer):
+    """A torch optimizer whose steps are filtered by NSPO2; `create_nspo2_optimizer` makes one.
+
+    It shares `param_groups` and `state` with the optimizer inside, so that schedulers, gradient scalers, clipping and
+    Accelerate work on it as on any other. One step is one gradient sample. A step whose gradient has NaN or Inf is
+    not taken, and is counted.
+
+    Args:
+        optimizer: the optimizer to wrap. config: the options.
+        blocks: what is filtered as one; each parameter for itself if left out.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: NSPO2Config, blocks: list[Block] | None = None):
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates its closure several times a step, each with another gradient, which NSPO2 cannot "
+                "filter: use a first-order optimizer such as torch.optim.AdamW."
+            )
+        self.optimizer = optimizer
+        params = self._params()
+        if blocks is None:
+            blocks = [Block(f"param {i}", [p]) for i, p in enumerate(params)]
+        known = {id(p) for p in params}
+        for block in blocks:
+            if not block.params or any(id(p) not in known for p in block.params):
+                raise ValueError(f"`blocks`: {block.name} is empty or holds a parameter that is not in `params`.")
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.config, self.blocks, self.enabled = config, blocks, True
+        self.nspo2 = BlockGroups(blocks, config, recent=True)
+
+    def _params(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # what the base class keeps for itself is the inner optimizer's here; what its constructor sets is dropped
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value):
+        pass
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value):
+        pass
+
+    @property
+    def defaults(self):
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value):
+        pass
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters; each becomes a block of its own, and the noise estimate of the others goes on."""
+        if any(param_group is group for group in self.optimizer.param_groups):
+            return  # from the base class's constructor
+        before = len(self._params())
+        self.optimizer.add_param_group(param_group)
+        for i, param in enumerate(self._params()[before:]):
+            self.nspo2.add([Block(f"param {before + i}", [param])])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Off, a step is the inner optimizer's own to the bit, and nothing is learned."""
+        self.enabled = bool(enabled)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Filter and step. A closure is evaluated once, before; its loss is reported to the sentinel."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.enabled:
+            self.optimizer.step()
+        elif self.nspo2.begin_step():
+            self.optimizer.step()
+            self.nspo2.end_step()
+            self._look(loss)
+        elif self.config.projection_rank == 0 or not any_bad(p.grad for p in self._params()):
+            self.optimizer.step()
+        return loss
+
+    def _look(self, loss) -> None:
+        due = self.nspo2.parts[0].step_count % self.config.update_freq == 0
+        if loss is not None:
+            self.report(loss=float(loss), **(self.nspo2.metrics() if due else {}))
+        elif due:
+            self.report(**self.nspo2.metrics())
+
+    def report(self, **metrics: float) -> None:
+        """Tell the sentinel what it cannot see from here: `loss=...` (noisy, is smoothed) or `eval_loss=...`."""
+        self.nspo2.sentinel.check(metrics, self.nspo2.parts[0].step_count)
+
+    def set_progress(self, progress: float) -> None:
+        """Share of training done, from 0 to 1; needed for `anneal`."""
+        self.nspo2.set_progress(progress)
+
+    def get_metrics(self) -> dict:
+        """Figures of recent steps, see [`metrics.published`]; waits for the device."""
+        found = published(self.nspo2.parts, self.nspo2.skipped_steps)
+        return found | {"is_active": found["is_active"] and self.enabled}
+
+    def state_dict(self) -> dict:
+        """The inner optimizer's state, and NSPO2's under the key `nspo2`: tensors and plain numbers."""
+        return self.optimizer.state_dict() | {"nspo2": self.nspo2.state_dict() | {"enabled": self.enabled}}
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Bring back what `state_dict` gave; a state of the bare optimizer too, with a fresh noise estimate.
+
+        Raises:
+            ValueError: the state was saved for other parameters, blocks or ranks.
+        """
+        state = dict(state_dict)
+        own = state.pop("nspo2", None)
+        self.optimizer.load_state_dict(state)
+        if own is None:
+            logger.warning("The optimizer state holds no NSPO2 state: the noise estimate starts anew.")
+            return
+        self.enabled = own["enabled"]
+        try:
+            self.nspo2.load_state_dict(own)
+        except ValueError as error:
+            raise ValueError(
+                f"The NSPO2 part of the optimizer state does not fit ({error}): make the optimizer with the config "
+                "and blocks that it was saved with, or delete the key 'nspo2' from the state to start afresh."
+            ) from error

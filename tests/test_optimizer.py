@@ -1,0 +1,393 @@
+"""The wrapper around torch optimizers: equal to the bare one when off, to a float64 reference when on."""
+
+import math
+
+import pytest
+import torch
+from reference import Reference
+from torch import nn, optim
+from transformers import Adafactor
+
+from nspo2_trl import NSPO2, NSPO2Config, NSPO2Optimizer, create_nspo2_optimizer, get_default_config
+
+OPTIMIZERS = {
+    "sgd": (optim.SGD, {"lr": 0.05}),
+    "momentum": (optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
+    "adam": (optim.Adam, {"lr": 0.01}),
+    "adamw": (optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "adafactor": (Adafactor, {"lr": 0.01, "relative_step": False, "scale_parameter": False}),
+    "fused": (optim.AdamW, {"lr": 0.01, "fused": True}),
+}
+
+
+def options(**changes):
+    defaults = {"strategy": "noise", "projection_rank": 4, "min_rank": 4, "update_freq": 2, "cov_momentum": 0.9}
+    return NSPO2Config(**(defaults | {"target_bias": 1.0, "sentinel": False} | changes))
+
+
+def network(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def train(model, optimizer, steps, seed=1, start=0):
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        x = torch.randn(8, 6, generator=generator).to(next(model.parameters()).dtype)
+        if step >= start:
+            optimizer.zero_grad()
+            (model(x).square().mean() + model(x).sum() * 0.1).backward()
+            optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("off", ["disabled", "rank 0"])
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_off_equals_the_bare_optimizer_bit_for_bit(name, off, space):
+    cls, kwargs = OPTIMIZERS[name]
+    bare, wrapped = network(), network()
+    config = options(apply_to=space, **({"projection_rank": 0, "min_rank": 0} if off == "rank 0" else {}))
+    optimizer = create_nspo2_optimizer(wrapped.parameters(), cls, kwargs, config)
+    optimizer.set_enabled(off != "disabled")
+    expected = train(bare, cls(bare.parameters(), **kwargs), 12)
+    assert all(torch.equal(a, b) for a, b in zip(train(wrapped, optimizer, 12), expected))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("strategy", ["noise", "keep", "hybrid"])
+def test_equals_a_float64_reference_of_projection_and_bare_step(name, strategy):
+    cls, kwargs = OPTIMIZERS[name]
+    model, slow = network(dtype=torch.float64), network(dtype=torch.float64)
+    optimizer = create_nspo2_optimizer(model.parameters(), cls, kwargs, options(strategy=strategy))
+    bare = cls(slow.parameters(), **kwargs)
+    references = [Reference(p.numel(), strategy, rank=min(4, p.numel() // 2)) for p in slow.parameters()]
+    step = bare.step
+
+    def filtered_step():
+        for p, reference in zip(slow.parameters(), references):
+            p.grad.copy_(reference.step(p.grad.flatten()[None]).view_as(p))
+        step()
+
+    bare.step = filtered_step
+    got, expected = train(model, optimizer, 12), train(slow, bare, 12)
+    for a, b in zip(got, expected):
+        assert torch.allclose(a, b, atol=1e-7), (a - b).abs().max()
+    plain = network(dtype=torch.float64)
+    assert max((a - b).abs().max() for a, b in zip(got, train(plain, cls(plain.parameters(), **kwargs), 12))) > 1e-4
+
+
+def test_update_space_projects_the_change_of_the_parameters():
+    """The noise directions get no part of Adam's step in update space; in gradient space they may."""
+    model = nn.Linear(40, 1, bias=False)
+    optimizer = create_nspo2_optimizer(
+        model.parameters(), optim.Adam, {"lr": 0.1}, options(apply_to="update", trust_radius=1e9)
+    )
+    torch.manual_seed(0)
+    for step in range(12):
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.randn(1, 40) * torch.logspace(1, -1, 40)
+        basis = None
+        if optimizer.get_metrics()["is_active"] if step else False:
+            basis = optimizer.nspo2.parts[0].cov.basis[0, :4].clone()
+        optimizer.step()
+        if basis is not None:
+            change = (model.weight.detach() - before)[0]
+            assert (basis @ change).norm() < 1e-5 < change.norm()
+    assert basis is not None
+
+
+# ---- what blocks are ----
+
+
+def test_blocks_of_parameters_a_model_and_by_hand():
+    model = network()
+    by_parameter = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1})
+    assert sum(len(group.names) for group in by_parameter.nspo2.groups) == 4
+    by_module = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.1})
+    assert sorted(name for group in by_module.nspo2.groups for name in group.names) == ["0", "2"]
+    whole = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1}, blocks=[list(model.parameters())])
+    assert [group.shape for group in whole.nspo2.groups] == [(1, sum(p.numel() for p in model.parameters()))]
+    groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}]
+    in_groups = create_nspo2_optimizer(iter(groups), optim.SGD, {"lr": 0.1})
+    assert [group["lr"] for group in in_groups.param_groups] == [0.2, 0.1]
+    assert sum(len(group.names) for group in in_groups.nspo2.groups) == 4
+
+
+def test_lora_adapters_of_a_model_are_blocks():
+    from conftest import LORA, MODEL
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
+    optimizer = create_nspo2_optimizer(model, optim.AdamW, {"lr": 1e-3})
+    names = [name for group in optimizer.nspo2.groups for name in group.names]
+    assert len(names) == 9 and all(name.endswith(":default") for name in names)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 18
+
+
+def test_bad_arguments():
+    model = network()
+    with pytest.raises(ValueError, match="`params` holds no trainable parameter"):
+        create_nspo2_optimizer([], optim.SGD, {"lr": 0.1})
+    with pytest.raises(ValueError, match="`blocks`: block 0 is empty or holds a parameter that is not in `params`"):
+        create_nspo2_optimizer(model[0].parameters(), optim.SGD, {"lr": 0.1}, blocks=[list(model[2].parameters())])
+    with pytest.raises(ValueError, match="LBFGS evaluates its closure several times"):
+        create_nspo2_optimizer(model.parameters(), optim.LBFGS)
+    with pytest.raises(ValueError, match="`strategy` must be one of"):
+        create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1}, {"strategy": "quiet"})
+
+
+# ---- a real optimizer to everything that asks ----
+
+
+def test_schedulers_clipping_and_groups():
+    model = network()
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.1}, options())
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    assert isinstance(optimizer, optim.Optimizer)
+    for _ in range(3):
+        model(torch.randn(4, 6)).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0125) == optimizer.optimizer.param_groups[0]["lr"]
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_parameters_added_later_get_an_estimate_of_their_own():
+    first, second = network(), network(seed=5)
+    optimizer = create_nspo2_optimizer(first.parameters(), optim.SGD, {"lr": 0.01}, options())
+    train(first, optimizer, 6)
+    optimizer.add_param_group({"params": second.parameters(), "lr": 0.5})
+    before = [p.detach().clone() for p in second.parameters()]
+    train(second, optimizer, 6)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5]
+    assert all(not torch.equal(a, b) for a, b in zip(before, second.parameters()))
+    assert [part.step_count for part in optimizer.nspo2.parts] == [12] * 4 + [6] * 4
+    assert math.isfinite(optimizer.get_metrics()["recent_variance_reduction"])
+
+
+def test_grad_scaler_skips_overflow_and_teaches_nothing():
+    model = network()
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.1, "fused": True}, options())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(8):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(4, 6)).square().sum()).backward()
+        if step == 5:
+            model[0].weight.grad[0, 0] = float("inf")
+            before = [p.detach().clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        if step == 5:
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        scaler.update()
+    metrics = optimizer.get_metrics()
+    assert metrics["step_count"] == 7 and metrics["skipped_steps"] == 0 and scaler.get_scale() == 512
+
+
+def test_accelerator_prepare():
+    from accelerate import Accelerator
+
+    expected = train(model := network(), create_nspo2_optimizer(model.parameters(), optim.AdamW, {}, options()), 8)
+    model = network()
+    accelerator = Accelerator(cpu=True)
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {}, options())
+    model, prepared = accelerator.prepare(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(train(model, prepared, 8), expected))
+    assert prepared.optimizer.get_metrics()["step_count"] == 8
+
+
+def test_closures_missing_and_sparse_gradients():
+    model = network()
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.01}, options())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model[0](torch.ones(2, 6)).square().sum()  # the second layer gets no gradient
+        loss.backward()
+        return loss
+
+    unused = model[2].weight.detach().clone()
+    losses = [float(optimizer.step(closure)) for _ in range(6)]
+    assert losses[-1] < losses[0] and torch.equal(unused, model[2].weight)
+
+    embedding, bare = (nn.Embedding(20, 4, sparse=True) for _ in range(2))
+    bare.load_state_dict(embedding.state_dict())
+    optimizer = create_nspo2_optimizer(embedding.parameters(), optim.SGD, {"lr": 0.1}, options())
+    plain = optim.SGD(bare.parameters(), lr=0.1)
+    for step in range(6):
+        for each, optimizer_ in ((embedding, optimizer), (bare, plain)):
+            optimizer_.zero_grad()
+            each(torch.tensor([step, step + 1])).sum().backward()
+            optimizer_.step()
+    assert embedding.weight.grad.is_sparse and torch.equal(embedding.weight, bare.weight)
+
+
+def test_bad_gradients_are_not_stepped_and_counted():
+    model = network()
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.1}, options())
+    train(model, optimizer, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[0].bias.grad[0] = float("nan")
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert optimizer.get_metrics()["skipped_steps"] == 1 and optimizer.get_metrics()["step_count"] == 4
+    model[0].bias.grad[0] = 1e30  # finite, but its square is not: a plain step
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert optimizer.get_metrics()["skipped_steps"] == 2
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, stop, space):
+    config = options(apply_to=space)
+    whole = network()
+    expected = train(whole, create_nspo2_optimizer(whole.parameters(), optim.AdamW, {"lr": 0.05}, config), 12)
+    first = network()
+    optimizer = create_nspo2_optimizer(first.parameters(), optim.AdamW, {"lr": 0.05}, config)
+    train(first, optimizer, stop)
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    second = network(seed=9)
+    second.load_state_dict(checkpoint["model"])
+    optimizer = create_nspo2_optimizer(second.parameters(), optim.AdamW, {"lr": 0.05}, config)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    assert all(torch.equal(a, b) for a, b in zip(train(second, optimizer, 12, start=stop), expected))
+
+
+def test_state_of_others(caplog):
+    model = network()
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {}, options())
+    train(model, optimizer, 5)
+    bare = optim.AdamW(model.parameters())
+    train(model, bare, 2)
+    optimizer.load_state_dict(bare.state_dict())
+    assert "the noise estimate starts anew" in caplog.text
+    other = create_nspo2_optimizer(model.parameters(), optim.AdamW, {}, blocks=[list(model.parameters())])
+    train(model, other, 5)
+    with pytest.raises(ValueError, match="delete the key 'nspo2'"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+# ---- as published ----
+
+
+def test_published_metrics():
+    model = network()
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.Adam, {"lr": 1e-3}, get_default_config())
+    names = {"recent_variance_reduction", "current_rank", "current_strategy", "bias", "trust_alpha", "noise_scale"}
+    assert names | {"step_count", "is_active"} <= set(optimizer.get_metrics())
+    assert math.isnan(optimizer.get_metrics()["recent_variance_reduction"])  # nothing was measured yet
+    train(model, optimizer, 15)
+    metrics = optimizer.get_metrics()
+    assert metrics["current_strategy"] == "hybrid" and metrics["step_count"] == 15
+    assert 0 <= metrics["recent_variance_reduction"] <= 1 and isinstance(metrics["is_active"], bool)
+
+
+def test_published_snippets_run(tmp_path, monkeypatch):
+    """Quick start, direct use, monitoring and checkpointing, word for word but for the package's name."""
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    dataloader = [torch.randn(4, 6) for _ in range(25)]
+    compute_loss = lambda batch: model(batch).square().mean()
+
+    config = get_default_config(dim=sum(p.numel() for p in model.parameters()))
+    config['strategy'] = 'noise'  # or 'keep', 'hybrid'  # fmt: skip
+    config['projection_rank'] = 16  # fmt: skip
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.Adam, {'lr': 1e-3}, config)  # fmt: skip
+    for batch in dataloader:
+        optimizer.zero_grad()
+        loss = compute_loss(batch)
+        loss.backward()
+        optimizer.step()
+
+    metrics = optimizer.get_metrics()
+    assert "%" in f"Variance reduction: {metrics['recent_variance_reduction']:.2%}"
+    assert f"Current rank: {metrics['current_rank']}"
+
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, 'checkpoint.pt')  # fmt: skip
+    checkpoint = torch.load('checkpoint.pt')  # fmt: skip
+    model.load_state_dict(checkpoint['model'])  # fmt: skip
+    optimizer.load_state_dict(checkpoint['optimizer'])  # fmt: skip
+
+    config = get_default_config(dim=100)
+    nspo2 = NSPO2(config)
+    for _ in range(25):
+        grad = torch.randn(100)
+        projected_grad = nspo2.hook(grad)
+        assert projected_grad.shape == grad.shape
+        nspo2.step_end()
+
+
+# ---- planted structure ----
+
+
+def quadratic(strategy, seed, steps=300, signal_inside=False, nspo2=True):
+    """A quadratic over 200 dimensions with 4 planted noise directions: distance to its optimum, and what was used."""
+    torch.manual_seed(seed)
+    planted = torch.linalg.qr(torch.randn(200, 4)).Q
+    target = torch.randn(200)
+    target -= planted @ (planted.T @ target)
+    if signal_inside:
+        target = planted @ torch.ones(4) * 3
+    weight = nn.Parameter(torch.zeros(200))
+    config = get_default_config(strategy=strategy, projection_rank=4, trust_radius=1e9, target_bias=1.0)
+    config.sentinel = False
+    optimizer = create_nspo2_optimizer([weight], optim.SGD, {"lr": 0.02}, config)
+    optimizer.set_enabled(nspo2)
+    for _ in range(steps):
+        noise = planted @ torch.randn(4) * 5 + 0.1 * torch.randn(200)
+        weight.grad = weight.detach() - target + noise
+        optimizer.step()
+    return (weight.detach() - target).norm().item(), planted, optimizer
+
+
+def test_noise_finds_planted_directions_and_ends_closer_over_20_seeds():
+    with_it, without = [], []
+    for seed in range(20):
+        distance, planted, optimizer = quadratic("noise", seed)
+        with_it.append(distance)
+        without.append(quadratic("noise", seed, nspo2=False)[0])
+        basis = optimizer.nspo2.parts[0].cov.basis[0, :4]
+        angles = torch.rad2deg(torch.arccos(torch.linalg.svdvals(basis @ planted).clamp(max=1)))
+        assert angles.max() < 10
+        head = optimizer.nspo2.parts[0].head()
+        fresh = (planted @ torch.randn(4, 1000) * 5).T[:, None, None]
+        left = torch.stack([head.apply(sample) for sample in fresh]).square().sum() / fresh.square().sum()
+        assert left <= 0.1
+    # by two thirds on average, not on every seed: noise from before the first basis stays in the null space
+    assert sum(with_it) < 0.75 * sum(without)
+    assert sum(a < b for a, b in zip(with_it, without)) >= 15
+
+
+def test_keep_does_not_lose_a_signal_inside_the_noisy_directions():
+    """`keep` lets the mean gradient through where `noise` takes it away with the noise."""
+    kept = {}
+    for strategy in ("keep", "noise"):
+        _, planted, optimizer = quadratic(strategy, 0, steps=200, signal_inside=True)
+        part = optimizer.nspo2.parts[0]
+        mean = part.reference
+        kept[strategy] = (part.head().apply(mean).norm() / mean.norm()).item()
+    assert kept["keep"] >= 0.95 and kept["noise"] < 0.3
+
+
+def test_a_million_entries_in_one_block():
+    """No d x d matrix: the state stays within (max_rank + rows kept + 4) x d floats."""
+    weight = nn.Parameter(torch.zeros(1_000_000))
+    config = get_default_config(strategy="keep", max_rank=17, projection_rank=16)
+    optimizer = create_nspo2_optimizer([weight], optim.AdamW, {"lr": 1e-3}, config)
+    for _ in range(23):
+        weight.grad = torch.randn(1_000_000)
+        optimizer.step()
+    rows = optimizer.nspo2.parts[0].cov.stack.shape[1] - 17
+    assert rows <= 11
+    assert optimizer.nspo2.state_bytes <= (17 + rows + 4) * 4_000_000 + 1_000_000
+    assert isinstance(optimizer, NSPO2Optimizer)
