@@ -79,31 +79,48 @@ class NSPO2:
         Returns:
             (B, m, d) the filtered gradient; `grad` itself while nothing is projected.
         """
+        n = len(samples)
         if self.cov is None:
-            self._allocate(samples[0])
+            self._allocate(samples[0], n)
         self.sums.mul_(self.sums_decay)
-        mean = samples[0] if len(samples) == 1 else samples.mean(0)
-        rows = noise_rows(samples, mean, self.previous)
+        mean = samples[0] if n == 1 else samples.mean(0)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
         # the reference holds earlier steps only, so this is unbiased for ‖E g‖², up to the weight of the reference
-        self.history[self.step_count % HISTORY, 0] = (mean * self.reference).sum((1, 2))
-        self.history[self.step_count % HISTORY, 1] = 0
-        if rows is not None:
-            self._score(head, rows, mean, single=len(samples) == 1)
-            self._learn(rows, single=len(samples) == 1)
+        cross = mean.flatten(1)[:, None] @ self.reference.flatten(1)[:, :, None]
+        self.history[self.step_count % HISTORY] = torch.stack([cross[:, 0, 0], torch.zeros_like(cross[:, 0, 0])])
+        if n > 1 or self.previous is not None:
+            slot = self.cov.slot(n * mean.shape[1])
+            rows = slot.unflatten(1, (n, -1))
+            noise_rows(samples, mean, self.previous, out=rows)
+            self._score(head, rows, mean, single=n == 1)
+            self.cov.commit(slot)
+            self._learn(n, vectors=mean.shape[1])
         beta = self.config.cov_momentum
         self.reference.mul_(beta).add_(mean, alpha=1 - beta)
-        self.previous = mean.clone() if len(samples) == 1 else None
+        if n > 1:
+            self.previous = None
+        elif self.previous is None:
+            self.previous = mean.clone()
+        else:
+            self.previous.copy_(mean)
         self.step_count += 1
         return result
 
-    def _allocate(self, like: torch.Tensor) -> None:
+    def _allocate(self, like: torch.Tensor, n: int) -> None:
         config, (blocks, vectors, dim) = self.config, like.shape
         solver = EigSolver(config.eigensolver, config.epsilon, config.seed)
         kind = {"dtype": like.dtype, "device": like.device}
         self.cov = CovEstimator(
-            blocks, dim, config.max_rank, config.update_freq, config.cov_momentum, config.shrinkage, solver, **kind
+            blocks,
+            dim,
+            config.max_rank,
+            config.update_freq,
+            config.cov_momentum,
+            config.shrinkage,
+            solver,
+            rows=n * vectors,
+            **kind,
         )
         self.reference = torch.zeros(blocks, vectors, dim, **kind)  # running mean of raw gradients
         self.previous: torch.Tensor | None = None  # the last step's gradient, where a step has one sample
@@ -196,9 +213,8 @@ class NSPO2:
         self.window_own.zero_()
         self.window_steps = self.window_single = 0
 
-    def _learn(self, rows: torch.Tensor, single: bool) -> None:
-        config, (_, n, vectors, _) = self.config, rows.shape
-        self.cov.append(rows.flatten(1, 2))
+    def _learn(self, n: int, vectors: int) -> None:
+        config, single = self.config, n == 1
         if not self.cov.is_due(n * vectors):
             return
         self._close_window()
@@ -290,7 +306,7 @@ class NSPO2:
         self.reset()
         if not state:
             return
-        self._allocate(state["reference"].to(device or state["reference"].device))
+        self._allocate(state["reference"].to(device or state["reference"].device), n=1)
         self.cov.load_state_dict(state["cov"])
         self.sentinel.load_state_dict(state["sentinel"])
         for name in self._TENSORS:

@@ -9,24 +9,23 @@ import torch
 from .eigensolvers import EigSolver
 
 
-def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor | None:
+def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor | None, out: torch.Tensor) -> None:
     """Rows whose outer products add up to an estimate of Cov(mean) that does not mistake drift for noise.
 
     Args:
         samples: (n, B, m, d) gradients of n micro-batches.
         mean: (B, m, d) their mean, the step's gradient.
-        previous: (B, m, d) the mean of the step before, or None; used where n = 1.
-
-    Returns:
-        n >= 2: (B, n, m, d), (g_i - mean) / sqrt(n (n - 1)). n = 1: (B, 1, m, d), the successive difference
-        (mean - previous) / sqrt(2) (von Neumann 1941), or None without `previous`.
+        previous: (B, m, d) the mean of the step before; used where n = 1.
+        out: (B, n, m, d), filled with (g_i - mean) / sqrt(n (n - 1)) where n >= 2, and with the successive difference
+            (mean - previous) / sqrt(2) (von Neumann 1941) where n = 1.
     """
     n = samples.shape[0]
     if n > 1:
-        return (samples - mean).transpose(0, 1).contiguous().div_(math.sqrt(n * (n - 1)))
-    if previous is None:
-        return None
-    return (mean - previous).div_(math.sqrt(2.0))[:, None]
+        torch.sub(samples.transpose(0, 1), mean[:, None], out=out)
+        out.div_(math.sqrt(n * (n - 1)))
+    else:
+        torch.sub(mean[:, None], previous[:, None], out=out)
+        out.div_(math.sqrt(2.0))
 
 
 class CovEstimator:
@@ -43,6 +42,7 @@ class CovEstimator:
         decay: weight of the past a step.
         shrinkage: share by which eigenvalues are pulled to their mean when they are read.
         solver: the [`EigSolver`].
+        rows: noise rows that a step will bring.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class CovEstimator:
         decay: float,
         shrinkage: float,
         solver: EigSolver,
+        rows: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
@@ -64,9 +65,13 @@ class CovEstimator:
             shrinkage,
             solver,
         )
-        self.stack = torch.zeros(num_blocks, self.rank, dim, dtype=dtype, device=device)
+        # the room for the first steps is taken at once: growing later would need both for a moment
+        room = self.rank + self._steps_a_merge(rows) * rows + 1
+        self.stack = torch.zeros(num_blocks, room, dim, dtype=dtype, device=device)
         self.values = torch.zeros(num_blocks, self.rank, dtype=dtype, device=device)  # before shrinkage
-        self.trace = torch.zeros(num_blocks, dtype=dtype, device=device)
+        self.trace = torch.zeros(num_blocks, dtype=dtype, device=device)  # of all rows but those held back
+        self.running_trace = self.trace  # of all rows
+        self.trace_before = self.trace  # the same before the newest step
         self.row_steps: list[int] = []  # the step at which each buffered row came
         self.step = self.solved = 0  # steps seen, and how many of them when `solve` last ran
         self.sketch_step = 0  # the step that the sketch's eigenvalues are of
@@ -83,22 +88,23 @@ class CovEstimator:
         shrunk = (1 - self.shrinkage) * self.values + self.shrinkage * mean
         return torch.where(self.values > 0, shrunk, 0.0)
 
-    def append(self, rows: torch.Tensor) -> None:
-        """Keep one step's noise rows for the next merge.
+    def slot(self, count: int) -> torch.Tensor:
+        """(B, count, d): where a step's noise rows are to be written, before `commit`."""
+        start = self.rank + len(self.row_steps)
+        if start + count > self.stack.shape[1]:
+            self._resize(max(start + count, self.rank + self._steps_a_merge(count) * count + 1))
+        return self.stack[:, start : start + count]
 
-        Args:
-            rows: (B, r, d).
-        """
-        count = rows.shape[1]
-        need = self.rank + len(self.row_steps) + count
-        if need > self.stack.shape[1]:
-            room = max(need, self.rank + self._steps_a_merge(count) * count + 1)
-            grown = self.stack.new_zeros(len(self.stack), room, self.stack.shape[2])
-            grown[:, : self.stack.shape[1]] = self.stack
-            self.stack = grown
-        self.stack[:, need - count : need] = rows
-        self.row_steps += [self.step] * count
-        self.trace = self.trace * self.decay + torch.linalg.vector_norm(rows, dim=(1, 2)).square()
+    def _resize(self, rows: int) -> None:
+        grown = self.stack.new_zeros(self.stack.shape[0], rows, self.stack.shape[2])
+        grown[:, : self.stack.shape[1]] = self.stack
+        self.stack = grown
+
+    def commit(self, rows: torch.Tensor) -> None:
+        """Keep `rows` (B, r, d), which stand in the `slot`, for the next merge."""
+        self.trace_before = self.running_trace
+        self.running_trace = self.running_trace * self.decay + torch.linalg.vector_norm(rows, dim=(1, 2)).square()
+        self.row_steps += [self.step] * rows.shape[1]
         self.step += 1
 
     def is_due(self, count: int) -> bool:
@@ -116,6 +122,7 @@ class CovEstimator:
                 with them (successive differences).
         """
         self.solved = self.step
+        self.trace = self.trace_before if hold_last else self.running_trace
         used = len(self.row_steps) - hold_last
         if used <= 0:
             return
@@ -135,20 +142,23 @@ class CovEstimator:
         return {
             "stack": self.stack[:, : self.rank + len(self.row_steps)].clone(),
             "values": self.values,
-            "trace": self.trace,
+            "traces": torch.stack([self.trace, self.running_trace, self.trace_before]),
             "row_steps": list(self.row_steps),
             "numbers": [self.step, self.solved, self.sketch_step],
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Raises `ValueError` where the state is of other blocks or another rank."""
-        expected = (len(self.stack), self.rank + len(state["row_steps"]), self.stack.shape[2])
+        filled = self.rank + len(state["row_steps"])
+        expected = (len(self.stack), filled, self.stack.shape[2])
         if tuple(state["stack"].shape) != expected:
             raise ValueError(
                 f"the saved covariance has shape {tuple(state['stack'].shape)}, this run needs {expected}"
             )
-        self.stack = state["stack"].to(self.stack, copy=True)
+        if filled > self.stack.shape[1]:
+            self._resize(filled)
+        self.stack[:, :filled] = state["stack"]
         self.values = state["values"].to(self.values, copy=True)
-        self.trace = state["trace"].to(self.trace, copy=True)
+        self.trace, self.running_trace, self.trace_before = state["traces"].to(self.trace, copy=True)
         self.row_steps = list(state["row_steps"])
         self.step, self.solved, self.sketch_step = state["numbers"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 EXACT_MAX_DIM = 4096
-_CHUNK = 1 << 16  # columns recombined at a time, so that no second copy of the rows is needed
+_CHUNK = 1 << 13  # columns recombined at a time, so that no second copy of the rows is needed
 
 
 def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

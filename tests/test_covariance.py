@@ -7,6 +7,18 @@ from nspo2_trl.covariance import CovEstimator, noise_rows
 from nspo2_trl.eigensolvers import EigSolver
 
 
+def append(cov, rows):
+    slot = cov.slot(rows.shape[1])
+    slot.copy_(rows)
+    cov.commit(slot)
+
+
+def rows_of(samples, mean, previous=None):
+    out = torch.empty_like(samples.transpose(0, 1))
+    noise_rows(samples, mean, previous, out)
+    return out
+
+
 def estimator(blocks=1, dim=20, rank=20, update_freq=3, decay=0.9, **kwargs):
     options = {"shrinkage": 0.0, "solver": EigSolver(), "dtype": torch.float64} | kwargs
     return CovEstimator(blocks, dim, rank, update_freq, decay, **options)
@@ -17,7 +29,7 @@ def estimator(blocks=1, dim=20, rank=20, update_freq=3, decay=0.9, **kwargs):
 def test_rows_sum_to_the_covariance_of_the_mean(seed, n, vectors):
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randn(n, 2, vectors, 5, generator=generator, dtype=torch.float64)
-    rows = noise_rows(samples, samples.mean(0), None).flatten(1, 2)
+    rows = rows_of(samples, samples.mean(0)).flatten(1, 2)
     for block in range(2):
         expected = sum(torch.cov(samples[:, block, v].T) / n for v in range(vectors))
         assert torch.allclose(rows[block].T @ rows[block], expected)
@@ -29,8 +41,8 @@ def test_successive_differences_do_not_mistake_drift_for_noise():
     for _ in range(4000):
         drift = drift + 0.01  # the mean wanders far further than the noise is wide
         mean = drift + torch.randn(1, 1, 3) * torch.tensor([1.0, 2.0, 0.5])
-        rows = noise_rows(mean[None], mean, previous)
-        if rows is not None:
+        if previous is not None:
+            rows = rows_of(mean[None], mean, previous)
             total += rows[0, 0].T @ rows[0, 0]
         previous = mean
     assert torch.allclose(total / 3999, torch.diag(torch.tensor([1.0, 4.0, 0.25])), atol=0.25)
@@ -44,7 +56,7 @@ def test_full_rank_sketch_is_the_decayed_covariance(seed, decay, update_freq):
     expected = torch.zeros(2, 6, 6, dtype=torch.float64)
     for _ in range(20):
         rows = torch.randn(2, 2, 6, dtype=torch.float64)
-        cov.append(rows)
+        append(cov, rows)
         expected = decay * expected + rows.mT @ rows
         if cov.is_due(2):
             cov.solve()
@@ -59,7 +71,7 @@ def test_low_rank_sketch_finds_planted_directions():
     planted = torch.linalg.qr(torch.randn(300, 4, dtype=torch.float64)).Q
     cov = estimator(dim=300, rank=8, update_freq=5, decay=0.97)
     for _ in range(100):
-        cov.append(torch.randn(1, 4, 4, dtype=torch.float64) @ planted.T * 8 + torch.randn(1, 4, 300))
+        append(cov, torch.randn(1, 4, 4, dtype=torch.float64) @ planted.T * 8 + torch.randn(1, 4, 300))
         if cov.is_due(4):
             cov.solve()
     cosines = torch.linalg.svdvals(cov.basis[0, :4] @ planted)
@@ -71,8 +83,8 @@ def test_held_rows_are_merged_with_the_next_solve():
     rows = torch.randn(1, 3, 5, dtype=torch.float64)
     held, whole = estimator(dim=5, rank=5, decay=0.8), estimator(dim=5, rank=5, decay=0.8)
     for i in range(3):
-        held.append(rows[:, i : i + 1])
-        whole.append(rows[:, i : i + 1])
+        append(held, rows[:, i : i + 1])
+        append(whole, rows[:, i : i + 1])
     held.solve(hold_last=1)
     two = rows[0, 1:2].T @ rows[0, 1:2] + 0.8 * rows[0, :1].T @ rows[0, :1]
     assert torch.allclose(held.eigenvalues[0, :2].sum(), torch.trace(two))
@@ -84,7 +96,7 @@ def test_held_rows_are_merged_with_the_next_solve():
 def test_memory_is_rank_plus_buffered_rows():
     cov = estimator(dim=1000, rank=10, update_freq=50)
     for _ in range(200):
-        cov.append(torch.randn(1, 4, 1000, dtype=torch.float64))
+        append(cov, torch.randn(1, 4, 1000, dtype=torch.float64))
         if cov.is_due(4):
             cov.solve()
         assert cov.stack.shape[1] <= 10 + 2 * 10 + 1
@@ -95,7 +107,7 @@ def test_shrinkage_pulls_eigenvalues_to_their_mean_and_keeps_directions():
     plain, shrunk = estimator(), estimator(shrinkage=0.3)
     rows = torch.randn(1, 6, 20, dtype=torch.float64)
     for cov in (plain, shrunk):
-        cov.append(rows)
+        append(cov, rows)
         cov.solve()
     mean = plain.trace / 20
     positive = plain.eigenvalues > 0
@@ -111,7 +123,7 @@ def test_state_goes_on_where_it_stopped_bit_for_bit():
         if i == 8:  # in the middle of a buffer
             second.load_state_dict(first.state_dict())
         for cov in (whole, first if i < 8 else second):
-            cov.append(row)
+            append(cov, row)
             if cov.is_due(3):
                 cov.solve()
     assert torch.equal(whole.basis, second.basis) and torch.equal(whole.eigenvalues, second.eigenvalues)
