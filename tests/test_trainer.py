@@ -192,6 +192,19 @@ def test_nan_outside_the_blocks_is_skipped_too(make_trainer):
     assert all(torch.isfinite(p).all() for p in trainable(trainer).values())
 
 
+def test_anneal_ends_the_projection_after_its_share_of_training(make_trainer):
+    trainer = make_trainer(nspo2_anneal=0.5)
+    trainer.train()
+    assert figures(trainer, "active") == [0, 0, 1, 1, 0, 0, 0, 0]
+
+
+def test_auto_moves_to_a_bolder_strategy_while_all_is_calm(make_trainer):
+    trainer = make_trainer(nspo2_strategy="auto", max_steps=6)
+    assert trainer.nspo2.sentinel.strategy == "keep"
+    trainer.train()
+    assert trainer.nspo2.sentinel.strategy in ("hybrid", "noise")
+
+
 # ---- in update space ----
 
 
