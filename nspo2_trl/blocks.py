@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,7 @@ from torch import nn
 from .config import NSPO2Config
 from .core import NSPO2
 from .eigensolvers import EXACT_MAX_DIM
-from .metrics import reset_sums, summarize
 from .sentinel import BiasSentinel
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -108,7 +104,7 @@ class Group:
         torch._foreach_copy_([place.param.data for place in self.places], self.views)
 
 
-def _units(blocks: list[Block], covariance: str):
+def units(blocks: list[Block], covariance: str) -> Iterator[tuple[str, list[nn.Parameter], tuple[int, int]]]:
     """(name, params, (m, d)) of what is filtered as one: a whole block, or each of its matrices when factored."""
     for block in blocks:
         if covariance == "adapter":
@@ -121,170 +117,3 @@ def _units(blocks: list[Block], covariance: str):
                 [param],
                 (min(param.shape), max(param.shape)) if matrix else (1, param.numel()),
             )
-
-
-class BlockGroups:
-    """All blocks of a model, grouped by shape and device: what a trainer or an optimizer calls around each step.
-
-    `begin_step` before the optimizer steps, `end_step` after it. With `apply_to="gradient"` the first filters the
-    gradients in place; with `"update"` the second filters what the optimizer changed.
-
-    Args:
-        blocks: what forms a block.
-        config: options, shared by all of them.
-        recent: see [`NSPO2`].
-    """
-
-    def __init__(self, blocks: list[Block], config: NSPO2Config, recent: bool = False):
-        config.validate()
-        self.config, self.recent = config, recent
-        self.sentinel = BiasSentinel(config.strategy, config.target_bias, config.sentinel)
-        self.groups: list[Group] = []
-        self.add(blocks)
-        self.skipped_steps = 0
-        self._samples: list[torch.Tensor] | None = None
-        self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
-
-    def add(self, blocks: list[Block]) -> None:
-        """Take up more blocks; their estimate starts now."""
-        found: dict[tuple, Group] = {}
-        for name, params, shape in _units(blocks, self.config.covariance):
-            key = (*shape, params[0].device, params[0].dtype)
-            if key not in found:
-                found[key] = Group(shape, params[0].device, self.config)
-            found[key].add(name, params)
-        for group in found.values():
-            group.build(self.sentinel, self.recent)
-        self.groups += found.values()
-
-    @property
-    def parts(self) -> list[NSPO2]:
-        return [group.nspo2 for group in self.groups]
-
-    @torch.no_grad()
-    def begin_step(self, samples: list[torch.Tensor] | None = None, others: Sequence[torch.Tensor] = ()) -> bool:
-        """Score, filter and learn, or prepare for it; call it when the step's gradients are complete.
-
-        Args:
-            samples: for each group (n, B, m, d), gradients of the step's micro-batches, to stay as they are until
-                `end_step`; the gradients themselves where left out (one sample a step).
-            others: gradients of parameters in no block; they are only looked at for bad numbers.
-
-        Returns:
-            False where a sample or another gradient has NaN or Inf: nothing is learned or filtered, and the step is
-            counted.
-        """
-        there = [group.read_grads() for group in self.groups]
-        update = self.config.apply_to == "update"
-        if samples is None:  # kept apart where `grad` is needed for the change of the parameters later
-            samples = [group.grad.clone()[None] if update else group.grad[None] for group in self.groups]
-        if not all_finite([*samples, *others]):
-            self._samples = None
-            self.skipped_steps += 1
-            if self.skipped_steps == 1:
-                logger.warning(
-                    "A gradient sample is NaN or infinite: NSPO2 learns nothing from this step. Further ones are "
-                    "counted in `skipped_steps`."
-                )
-            return False
-        self._samples = samples
-        if update:
-            for group in self.groups:
-                group.read_params(group.before_views)
-        else:
-            self._filter(lambda group, i, result: group.write_grads(result, there[i]))
-        return True
-
-    @torch.no_grad()
-    def end_step(self) -> None:
-        """Call it when the optimizer has stepped, and only after a `begin_step` that returned True."""
-        if self.config.apply_to == "update" and self._samples is not None:
-            for group in self.groups:
-                group.read_params(group.views)
-                group.grad.sub_(group.before)
-            self._filter(lambda group, _, result: group.write_params(result))
-        self._samples = None
-
-    def _filter(self, write: Callable[[Group, int, torch.Tensor], None]) -> None:
-        """Filter what is in each group's `grad`; `write` is called with the result where it differs."""
-        norms = []
-        active = any(part.is_active for part in self.parts)
-        for i, group in enumerate(self.groups):
-            before = torch.linalg.vector_norm(group.grad)
-            result = group.nspo2.step(self._samples[i], group.grad)
-            after = before
-            if result is not group.grad:
-                after = torch.linalg.vector_norm(result)
-                write(group, i, result)
-            norms.append(torch.stack([before, after]).to(self.groups[0].device))
-        norms = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        self._norms = self._norms.to(norms.device) * self.parts[0].sums_decay
-        self._norms[:2] += norms
-        self._norms[2] += 1
-        self._norms[3] += active
-
-    def set_progress(self, progress: float) -> None:
-        """Share of training done, for `anneal`."""
-        for part in self.parts:
-            part.progress = progress
-
-    def metrics(self, batch_size: float = 1.0) -> dict[str, float]:
-        """Figures since the last call, or of recent steps, see [`metrics.summarize`]; waits for the device."""
-        before, after, steps, active = self._norms.tolist()
-        found = {"skipped_steps": self.skipped_steps}
-        if all(part.cov is not None for part in self.parts):
-            found |= summarize(self.parts, batch_size)
-        if steps:
-            found |= {"grad_norm_raw": before / steps, "grad_norm": after / steps, "active": active / steps}
-        if not self.recent:
-            self._norms.zero_()
-            reset_sums(self.parts)
-        return found
-
-    def spectrum(self) -> list[float]:
-        """Tracked eigenvalues as shares of the noise, mean over blocks, largest first; waits for the device."""
-        shares = [part.cov.eigenvalues / part.cov.trace[:, None].clamp_min(1e-30) for part in self.parts if part.cov]
-        width = min((share.shape[1] for share in shares), default=0)
-        return torch.cat([share[:, :width].double().cpu() for share in shares]).mean(0).tolist() if width else []
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes that NSPO2 holds on top of plain training, without the samples of a step."""
-        tensors = [v for part in self.parts for v in (*vars(part).values(), *vars(part.cov or part).values())]
-        tensors += [tensor for group in self.groups for tensor in vars(group).values()]
-        unique = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}
-        return sum(unique.values())
-
-    def state_dict(self) -> dict:
-        """Tensors and plain numbers; the blocks' names are keys, so that other blocks are noticed."""
-        state = {str(i): group.nspo2.state_dict() for i, group in enumerate(self.groups)}
-        return {
-            "groups": state,
-            "blocks": self._names(),
-            "skipped_steps": self.skipped_steps,
-            "norms": self._norms.clone(),
-        }
-
-    def _names(self) -> dict[str, int]:
-        return {name: i for i, group in enumerate(self.groups) for name in group.names}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Raises `ValueError` where the state was saved for other blocks or other ranks."""
-        if list(state["blocks"].items()) != list(self._names().items()):
-            raise ValueError(f"it was saved for {len(state['blocks'])} blocks, which are not the ones of this run")
-        for group, saved in zip(self.groups, state["groups"].values()):
-            group.nspo2.load_state_dict(saved, device=group.device)
-        self.skipped_steps = state["skipped_steps"]
-        self._norms = state["norms"].to(self._norms, copy=True)
-
-
-def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether none has NaN, Inf or entries so large that their squares overflow. Waits for the device once."""
-    norms = torch.stack([torch.linalg.vector_norm(part).to(tensors[0].device) for part in tensors])
-    return bool(torch.isfinite(norms.square().sum()))
-
-
-def any_bad(grads: Iterable[torch.Tensor | None]) -> bool:
-    """Whether any entry is NaN or Inf. For the rare case that `all_finite` said no; waits for the device each time."""
-    values = (g.coalesce().values() if g.is_sparse else g for g in grads if g is not None)
-    return any(not torch.isfinite(value).all() for value in values)

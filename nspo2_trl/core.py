@@ -15,13 +15,11 @@ from .config import NSPO2Config, get_default_config
 from .covariance import CovEstimator, noise_rows
 from .eigensolvers import EigSolver
 from .metrics import published, summarize
-from .projection import ProjectionHead, coordinates, restrict
+from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
+from .signal import SignalEstimate
 from .strategies import limit_bias, noise_edge, select, significant_rank
 from .trust_region import trust_alpha
-
-HISTORY = 512  # steps over which signal and noise are pooled
-WINDOWS = 64  # the same for the signal in K, which is measured from one eigensolve to the next
 
 
 class NSPO2:
@@ -86,16 +84,15 @@ class NSPO2:
         mean = samples[0] if n == 1 else samples.mean(0)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
-        # the reference holds earlier steps only, so this is unbiased for ‖E g‖², up to the weight of the reference
-        cross = mean.flatten(1)[:, None] @ self.reference.flatten(1)[:, :, None]
-        self.history[self.step_count % HISTORY] = torch.stack([cross[:, 0, 0], torch.zeros_like(cross[:, 0, 0])])
+        energy = None
         if n > 1 or self.previous is not None:
             slot = self.cov.slot(n * mean.shape[1])
             rows = slot.unflatten(1, (n, -1))
             noise_rows(samples, mean, self.previous, out=rows)
-            self._score(head, rows, mean, single=n == 1)
+            energy = self._score(head, rows, mean, single=n == 1)
             self.cov.commit(slot)
             self._learn(n, vectors=mean.shape[1])
+        self.signal.add_step(mean, self.reference, energy)
         beta = self.config.cov_momentum
         self.reference.mul_(beta).add_(mean, alpha=1 - beta)
         if n > 1:
@@ -126,14 +123,7 @@ class NSPO2:
         self.previous: torch.Tensor | None = None  # the last step's gradient, where a step has one sample
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
         width = min(config.projection_rank + 1, self.cov.rank)
-        self.history = torch.zeros(HISTORY, 2, blocks, **kind)  # a step: <mean, reference>, noise energy
-        self.window_taken = torch.zeros(blocks, width, **kind)  # the filter at the window's start
-        self.window_kept = torch.zeros(blocks, vectors, width, **kind)
-        self.window_coords = torch.zeros(blocks, vectors, width, **kind)  # Σ mean in K since the last solve
-        self.window_own = torch.zeros(2, blocks, **kind)  # Σ self products in K', Σ share of them that is removed
-        self.window_steps = self.window_single = 0
-        self.windows = torch.zeros(WINDOWS, blocks, **kind)  # a window: energy of E g that the filter removes
-        self.window_count = 0
+        self.signal = SignalEstimate(blocks, vectors, width, **kind)
         self.sums = torch.zeros(8, **kind)  # see `metrics.summarize`
 
     # ---- the filter in force ----
@@ -182,42 +172,23 @@ class NSPO2:
 
     # ---- what is measured and learned ----
 
-    def _score(self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor, single: bool) -> None:
-        """Add this step to the sums: noise energy and what the filter takes of it, signal, signal in K'."""
+    def _score(
+        self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor, single: bool
+    ) -> torch.Tensor:
+        """Noise energy (B,) of the step; adds it, and what the filter takes of it and of the signal, to the sums."""
         energy = torch.linalg.vector_norm(rows, dim=(1, 2, 3)).square()
-        self.history[self.step_count % HISTORY, 1] = energy
-        if head is None:
-            return
-        inside = coordinates(rows, head.basis)
-        removed = head.removed_share * torch.linalg.vector_norm(head.restrict(inside), dim=(1, 2, 3)).square()
-        self.sums[:2] += torch.stack([energy, removed]).sum(1)
-        if self.window_steps == 0:  # this filter has seen none of the window's gradients
-            self.window_taken, self.window_kept = head.taken, head.kept
-        coords = coordinates(mean, head.basis)
-        own = restrict(coords[:, None] if single else inside, self.window_taken, self.window_kept)
-        own = torch.linalg.vector_norm(own, dim=(1, 2, 3)).square()
-        self.window_coords += coords
-        self.window_own += torch.stack([own, head.removed_share])
-        self.window_steps += 1
-        self.window_single += single
-
-    def _close_window(self) -> None:
-        """Unbiased energy of E g in K' over the window: cross products of different micro-batches or steps only."""
-        pairs = self.window_steps**2 - self.window_single
-        if pairs > 0:
-            inside = restrict(self.window_coords, self.window_taken, self.window_kept)
-            energy = (torch.linalg.vector_norm(inside, dim=(1, 2)).square() - self.window_own[0]) / pairs
-            self.windows[self.window_count % WINDOWS] = energy * self.window_own[1] / self.window_steps
-            self.window_count += 1
-        self.window_coords.zero_()
-        self.window_own.zero_()
-        self.window_steps = self.window_single = 0
+        if head is not None:
+            inside = coordinates(rows, head.basis)
+            removed = head.removed_share * torch.linalg.vector_norm(head.restrict(inside), dim=(1, 2, 3)).square()
+            self.sums[:2] += torch.stack([energy, removed]).sum(1)
+            self.signal.add_projected(head, mean, inside, single)
+        return energy
 
     def _learn(self, n: int, vectors: int) -> None:
         config, single = self.config, n == 1
         if not self.cov.is_due(n * vectors):
             return
-        self._close_window()
+        self.signal.close_window()
         if config.projection_rank == 0:  # only measures
             self.cov.row_steps.clear()
             self.cov.solved = self.cov.step
@@ -278,11 +249,8 @@ class NSPO2:
 
     # ---- state ----
 
-    _TENSORS = (
-        *("reference", "rank", "history", "sums"),
-        *("window_taken", "window_kept", "window_coords", "window_own", "windows"),
-    )
-    _NUMBERS = ("step_count", "skipped_steps", "window_steps", "window_single", "window_count", "progress")
+    _TENSORS = ("reference", "rank", "sums")
+    _NUMBERS = ("step_count", "skipped_steps", "progress")
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""
@@ -292,7 +260,8 @@ class NSPO2:
         state |= {name: getattr(self, name) for name in self._NUMBERS}
         if self.previous is not None:
             state["previous"] = self.previous.clone()
-        return state | {"active": self.active, "cov": self.cov.state_dict(), "sentinel": self.sentinel.state_dict()}
+        parts = {name: getattr(self, name).state_dict() for name in ("cov", "signal", "sentinel")}
+        return state | parts | {"active": self.active}
 
     def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
         """Bring back what `state_dict` gave; a step after it equals the step that would have come without it.
@@ -308,6 +277,7 @@ class NSPO2:
             return
         self._allocate(state["reference"].to(device or state["reference"].device), n=1)
         self.cov.load_state_dict(state["cov"])
+        self.signal.load_state_dict(state["signal"])
         self.sentinel.load_state_dict(state["sentinel"])
         for name in self._TENSORS:
             own, saved = getattr(self, name), state[name]

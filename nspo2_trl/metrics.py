@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .signal import pool
+
 if TYPE_CHECKING:
     from .core import NSPO2
-
-MAX_STANDARD_ERROR = 0.2
-MIN_STEPS, MIN_WINDOWS = 16, 8  # fewer give no standard error worth the name
 
 
 def summarize(parts: list[NSPO2], batch_size: float = 1.0) -> dict[str, float]:
@@ -37,7 +36,7 @@ def summarize(parts: list[NSPO2], batch_size: float = 1.0) -> dict[str, float]:
         norms = (raw * filtered) ** 0.5
         found["bias"] = max(0.0, 1 - dot / norms) if norms > 0 else 0.0
         found["alpha"], found["rank"] = alpha / count, rank / count
-    return found | _signal(parts, batch_size)
+    return found | pool([part.signal for part in parts], parts[0].config.cov_momentum, batch_size)
 
 
 def published(parts: list[NSPO2], skipped_steps: int) -> dict:
@@ -66,33 +65,3 @@ def reset_sums(parts: list[NSPO2]) -> None:
     for part in parts:
         if part.cov is not None:
             part.sums.zero_()
-
-
-def _signal(parts: list[NSPO2], batch_size: float) -> dict[str, float]:
-    """Signal from products of each gradient with the running mean of earlier ones, pooled over blocks."""
-    count = min(min(part.step_count, len(part.history)) for part in parts)
-    if count < MIN_STEPS:
-        return {}
-    products, noise = sum(_newest(part.history, part.step_count, count) for part in parts).T
-    steps = max(part.step_count for part in parts)
-    weights = 1 - parts[0].config.cov_momentum ** torch.arange(steps - count, steps, dtype=torch.float64)
-    signal = (products.sum() / weights.sum()).item()  # the running mean, still growing from 0, has these weights
-    # the products are uncorrelated but for the small part that the running mean's own noise has in common
-    error = ((products - signal * weights).square().sum().sqrt() / weights.sum()).item()
-    if signal < 2 * error or signal <= 0:
-        return {}
-    found = {"noise_scale": batch_size * noise.sum().item() / (noise > 0).sum().item() / signal}
-    count = min(min(part.window_count, len(part.windows)) for part in parts)
-    if count >= MIN_WINDOWS:
-        removed = sum(_newest(part.windows[:, None], part.window_count, count)[:, 0] for part in parts)
-        share = removed.mean().item() / signal
-        standard_error = ((removed.var().item() / count + (share * error) ** 2) ** 0.5) / signal
-        if standard_error < MAX_STANDARD_ERROR:
-            found["signal_removed"], found["signal_removed_se"] = share, standard_error
-    return found
-
-
-def _newest(ring: torch.Tensor, written: int, count: int) -> torch.Tensor:
-    """The newest `count` entries of a ring (N, q, B), oldest first, summed over blocks: (count, q) on the host."""
-    order = torch.arange(written - count, written, device=ring.device) % len(ring)
-    return ring[order].double().sum(-1).cpu()

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .adapters import lora_blocks
-from .blocks import Block, BlockGroups, any_bad
+from .block_groups import BlockGroups, any_bad
+from .blocks import Block
 from .config import NSPO2Config, get_default_config
 from .metrics import published
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 
-from .blocks import BlockGroups
+from .block_groups import BlockGroups
 from .timing import Stopwatch
 
 

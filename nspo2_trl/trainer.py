@@ -19,7 +19,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .adapters import lora_blocks
-from .blocks import BlockGroups, any_bad
+from .block_groups import BlockGroups, any_bad
 from .dpo_config import NSPO2DPOConfig
 from .samples import SampleCollector
 from .timing import Stopwatch
