@@ -10,7 +10,7 @@ import torch
 from .blocks import Block, Group, units
 from .config import NSPO2Config
 from .core import NSPO2
-from .metrics import reset_sums, summarize
+from .metrics import forget_filter, reset_sums, summarize
 from .sentinel import BiasSentinel
 
 logger = logging.getLogger(__name__)
@@ -26,23 +26,25 @@ class BlockGroups:
         blocks: what forms a block.
         config: options, shared by all of them.
         recent: see [`NSPO2`].
+        layout: the `blocks` of a saved state, where some were added later; they are grouped as they were then.
     """
 
-    def __init__(self, blocks: list[Block], config: NSPO2Config, recent: bool = False):
-        config.validate()
-        self.config, self.recent = config, recent
-        self.sentinel = BiasSentinel(config.strategy, config.target_bias, config.sentinel)
+    def __init__(
+        self, blocks: list[Block], config: NSPO2Config, recent: bool = False, layout: Mapping[str, int] | None = None
+    ):
+        self.config, self.recent = NSPO2Config(**config), recent
+        self.sentinel = BiasSentinel.of(self.config)
         self.groups: list[Group] = []
-        self.add(blocks)
+        self.add(blocks, layout or {})
         self.skipped_steps = 0
         self._samples: list[torch.Tensor] | None = None
         self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
 
-    def add(self, blocks: list[Block]) -> None:
+    def add(self, blocks: list[Block], layout: Mapping[str, int]) -> None:
         """Take up more blocks; their estimate starts now."""
         found: dict[tuple, Group] = {}
         for name, params, shape in units(blocks, self.config.covariance):
-            key = (*shape, params[0].device, params[0].dtype)
+            key = (*shape, params[0].device, params[0].dtype, layout.get(name))
             if key not in found:
                 found[key] = Group(shape, params[0].device, self.config)
             found[key].add(name, params)
@@ -67,7 +69,9 @@ class BlockGroups:
             False where a sample or another gradient has NaN or Inf: nothing is learned or filtered, and the step is
             counted.
         """
-        there = [group.read_grads() for group in self.groups]
+        for group in self.groups:
+            group.follow()
+        there = self._there = [group.read_grads() for group in self.groups]
         update = self.config.apply_to == "update"
         if samples is None:  # kept apart where `grad` is needed for the change of the parameters later
             samples = [group.grad.clone()[None] if update else group.grad[None] for group in self.groups]
@@ -95,7 +99,7 @@ class BlockGroups:
             for group in self.groups:
                 group.read_params(group.views)
                 group.grad.sub_(group.before)
-            self._filter(lambda group, _, result: group.write_params(result))
+            self._filter(lambda group, i, result: group.write_params(result, self._there[i]))
         self._samples = None
 
     def _filter(self, write: Callable[[Group, int, torch.Tensor], None]) -> None:
@@ -115,6 +119,11 @@ class BlockGroups:
         self._norms[:2] += norms
         self._norms[2] += 1
         self._norms[3] += active
+
+    def watch(self, metrics: Mapping[str, float]) -> None:
+        """Let the sentinel see figures, and the filter obey it."""
+        if self.sentinel.check(metrics, self.parts[0].step_count):
+            forget_filter(self.parts)
 
     def set_progress(self, progress: float) -> None:
         """Share of training done, for `anneal`."""
@@ -154,6 +163,7 @@ class BlockGroups:
         return {
             "groups": state,
             "blocks": self._names(),
+            "sentinel": self.sentinel.state_dict(),
             "skipped_steps": self.skipped_steps,
             "norms": self._norms.clone(),
         }
@@ -167,6 +177,7 @@ class BlockGroups:
             raise ValueError(f"it was saved for {len(state['blocks'])} blocks, which are not the ones of this run")
         for group, saved in zip(self.groups, state["groups"].values()):
             group.nspo2.load_state_dict(saved, device=group.device)
+        self.sentinel.load_state_dict(state["sentinel"])
         self.skipped_steps = state["skipped_steps"]
         self._norms = state["norms"].to(self._norms, copy=True)
 

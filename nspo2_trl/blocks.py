@@ -98,10 +98,19 @@ class Group:
     def read_params(self, views: list[torch.Tensor]) -> None:
         torch._foreach_copy_(views, [place.param.detach() for place in self.places])
 
-    def write_params(self, change: torch.Tensor) -> None:
+    def write_params(self, change: torch.Tensor, there: list[int]) -> None:
         """Set the parameters to what they were at `before`, plus `change` (B, m, d)."""
         self.grad.copy_(change).add_(self.before)
-        torch._foreach_copy_([place.param.data for place in self.places], self.views)
+        if there:
+            torch._foreach_copy_([self.places[i].param.data for i in there], [self.views[i] for i in there])
+
+    def follow(self) -> None:
+        """Move to where the parameters are, should they have been moved since."""
+        device = self.places[0].param.device
+        if device != self.device:
+            self.device, state = device, self.nspo2.state_dict()
+            self.build(self.nspo2.sentinel, self.nspo2.sums_decay != 1)
+            self.nspo2.load_state_dict(state, device=device)
 
 
 def units(blocks: list[Block], covariance: str) -> Iterator[tuple[str, list[nn.Parameter], tuple[int, int]]]:

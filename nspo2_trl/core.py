@@ -14,7 +14,7 @@ import torch
 from .config import NSPO2Config, get_default_config
 from .covariance import CovEstimator, noise_rows
 from .eigensolvers import EigSolver
-from .metrics import published, summarize
+from .metrics import forget_filter, published, summarize
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
 from .signal import SignalEstimate
@@ -47,8 +47,7 @@ class NSPO2:
     ):
         if config is None:
             config = get_default_config()
-        self.config = config if isinstance(config, NSPO2Config) else NSPO2Config(**config)
-        self.config.validate()
+        self.config = NSPO2Config(**config)  # a copy: what was allocated for it must not change later
         self.num_blocks = num_blocks
         self.sums_decay = self.config.cov_momentum if recent else 1.0
         self._shared_sentinel = sentinel
@@ -57,7 +56,7 @@ class NSPO2:
     def reset(self) -> None:
         """Forget everything that was learned; the options stay."""
         config = self.config
-        self.sentinel = self._shared_sentinel or BiasSentinel(config.strategy, config.target_bias, config.sentinel)
+        self.sentinel = self._shared_sentinel or BiasSentinel.of(config)
         self.active = True
         self.progress = 0.0  # share of training done, for `anneal`
         self.step_count = self.skipped_steps = 0
@@ -124,7 +123,7 @@ class NSPO2:
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
         width = min(config.projection_rank + 1, self.cov.rank)
         self.signal = SignalEstimate(blocks, vectors, width, **kind)
-        self.sums = torch.zeros(8, **kind)  # see `metrics.summarize`
+        self.sums = torch.zeros(8, dtype=torch.float64, device=like.device)  # see `metrics.summarize`
 
     # ---- the filter in force ----
 
@@ -197,7 +196,8 @@ class NSPO2:
         dim = self.cov.stack.shape[2]
         limit = min(config.projection_rank, dim // 2)
         # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
-        edge = noise_edge(dim, limit, self.cov.step, config.cov_momentum, max(1, n - 1), overlapping=single)
+        steps = self.cov.step - single  # the newest difference is held back
+        edge = noise_edge(dim, limit, steps, config.cov_momentum, max(1, n - 1), overlapping=single)
         rank = significant_rank(self.cov.eigenvalues, self.cov.trace, edge)
         self.rank = rank.clamp(min=min(config.min_rank, limit))
 
@@ -236,8 +236,11 @@ class NSPO2:
             self.step(stacked, None)
         else:
             self.skipped_steps += 1
-        if metrics or self.step_count % self.config.update_freq == 0:
-            self.sentinel.check({**summarize([self]), **(metrics or {})}, self.step_count)
+        due = self.cov is not None and self.step_count % self.config.update_freq == 0
+        if metrics or due:
+            seen = {**(summarize([self]) if due else {}), **(metrics or {})}
+            if self.sentinel.check(seen, self.step_count):
+                forget_filter([self])
 
     def set_active(self, active: bool) -> None:
         """Switch the projection on or off; learning goes on."""
@@ -254,13 +257,14 @@ class NSPO2:
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""
+        own = {} if self._shared_sentinel else {"sentinel": self.sentinel.state_dict()}
         if self.cov is None:
-            return {}
-        state = {name: getattr(self, name).clone() for name in self._TENSORS}
+            return own
+        state = own | {name: getattr(self, name).clone() for name in self._TENSORS}
         state |= {name: getattr(self, name) for name in self._NUMBERS}
         if self.previous is not None:
             state["previous"] = self.previous.clone()
-        parts = {name: getattr(self, name).state_dict() for name in ("cov", "signal", "sentinel")}
+        parts = {name: getattr(self, name).state_dict() for name in ("cov", "signal")}
         return state | parts | {"active": self.active}
 
     def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
@@ -273,12 +277,13 @@ class NSPO2:
             ValueError: the state is of other blocks or other ranks.
         """
         self.reset()
-        if not state:
+        if "sentinel" in state:
+            self.sentinel.load_state_dict(state["sentinel"])
+        if "cov" not in state:
             return
         self._allocate(state["reference"].to(device or state["reference"].device), n=1)
         self.cov.load_state_dict(state["cov"])
         self.signal.load_state_dict(state["signal"])
-        self.sentinel.load_state_dict(state["sentinel"])
         for name in self._TENSORS:
             own, saved = getattr(self, name), state[name]
             if own.shape != saved.shape:

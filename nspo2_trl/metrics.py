@@ -27,7 +27,7 @@ def summarize(parts: list[NSPO2], batch_size: float = 1.0) -> dict[str, float]:
         is at least twice its standard error. `signal_removed`, `signal_removed_se`: share of ‖E g‖² that the filter
         takes away, with its standard error (delta method), where that is below 0.2. Both are over the last 512 steps.
     """
-    sums = torch.stack([part.sums.double().cpu() for part in parts]).sum(0).tolist()
+    sums = torch.stack([part.sums.cpu() for part in parts]).sum(0).tolist()
     energy, removed, dot, raw, filtered, alpha, rank, count = sums
     found = {}
     if energy > 0:
@@ -45,7 +45,7 @@ def published(parts: list[NSPO2], skipped_steps: int) -> dict:
     `noise_scale` is in units of one step's batch here, since an optimizer does not know how large that is.
     """
     found = summarize(parts) if all(part.cov is not None for part in parts) else {}
-    rank = found.get("rank", 0.0)
+    rank = round(found.get("rank", 0.0), 4)
     return {
         "recent_variance_reduction": found.get("variance_reduction", math.nan),
         "current_rank": int(rank) if rank == int(rank) else rank,
@@ -58,6 +58,13 @@ def published(parts: list[NSPO2], skipped_steps: int) -> dict:
         "skipped_steps": skipped_steps,
         "is_active": any(part.is_active for part in parts),
     }
+
+
+def forget_filter(parts: list[NSPO2]) -> None:
+    """The sentinel changed the filter: bias, α and rank of the old one say nothing about the new one."""
+    for part in parts:
+        if part.cov is not None:
+            part.sums[2:] = 0
 
 
 def reset_sums(parts: list[NSPO2]) -> None:

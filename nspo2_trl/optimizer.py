@@ -91,12 +91,16 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         params = self._params()
         if blocks is None:
             blocks = [Block(f"param {i}", [p]) for i, p in enumerate(params)]
-        known = {id(p) for p in params}
+        left = {id(p) for p in params}
         for block in blocks:
-            if not block.params or any(id(p) not in known for p in block.params):
-                raise ValueError(f"`blocks`: {block.name} is empty or holds a parameter that is not in `params`.")
+            if not block.params or any(id(p) not in left for p in block.params):
+                raise ValueError(
+                    f"`blocks`: {block.name} is empty or holds a parameter that is not in `params`, or that is in a "
+                    "block before."
+                )
+            left -= {id(p) for p in block.params}
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self.config, self.blocks, self.enabled = config, blocks, True
+        self.config, self.blocks, self.enabled = config, list(blocks), True
         self.nspo2 = BlockGroups(blocks, config, recent=True)
 
     def _params(self) -> list[nn.Parameter]:
@@ -110,7 +114,8 @@ class NSPO2Optimizer(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, value):
-        pass
+        if "nspo2" in self.__dict__:
+            self.optimizer.param_groups = value
 
     @property
     def state(self):
@@ -118,7 +123,8 @@ class NSPO2Optimizer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, value):
-        pass
+        if "nspo2" in self.__dict__:
+            self.optimizer.state = value
 
     @property
     def defaults(self):
@@ -126,7 +132,8 @@ class NSPO2Optimizer(torch.optim.Optimizer):
 
     @defaults.setter
     def defaults(self, value):
-        pass
+        if "nspo2" in self.__dict__:
+            self.optimizer.defaults = value
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; each becomes a block of its own, and the noise estimate of the others goes on."""
@@ -134,26 +141,32 @@ class NSPO2Optimizer(torch.optim.Optimizer):
             return  # from the base class's constructor
         before = len(self._params())
         self.optimizer.add_param_group(param_group)
-        for i, param in enumerate(self._params()[before:]):
-            self.nspo2.add([Block(f"param {before + i}", [param])])
+        added = [Block(f"param {before + i}", [p]) for i, p in enumerate(self._params()[before:])]
+        self.blocks += added
+        self.nspo2.add(added, {})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
+    def __getstate__(self) -> dict:
+        return {name: self.__dict__[name] for name in ("optimizer", "config", "blocks", "enabled", "nspo2")}
+
     def set_enabled(self, enabled: bool) -> None:
         """Off, a step is the inner optimizer's own to the bit, and nothing is learned."""
         self.enabled = bool(enabled)
+        for part in self.nspo2.parts:
+            part.previous = None  # the steps in between are no noise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Filter and step. A closure is evaluated once, before; its loss is reported to the sentinel."""
+        """Filter and step. A closure is evaluated once, before; its loss is reported, see `report`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not self.enabled:
             self.optimizer.step()
-        elif self.nspo2.begin_step():
+        elif self.nspo2.begin_step(others=self._other_grads()):
             self.optimizer.step()
             self.nspo2.end_step()
             self._look(loss)
@@ -161,7 +174,15 @@ class NSPO2Optimizer(torch.optim.Optimizer):
             self.optimizer.step()
         return loss
 
+    def _other_grads(self) -> list[torch.Tensor]:
+        """Gradients that are not filtered: of parameters in no block, and sparse ones (their values)."""
+        mine = {id(p) for block in self.blocks for p in block.params}
+        others = [p.grad for p in self._params() if p.grad is not None and (p.grad.is_sparse or id(p) not in mine)]
+        return [grad.coalesce().values() if grad.is_sparse else grad for grad in others]
+
     def _look(self, loss) -> None:
+        if not self.config.sentinel:
+            return
         due = self.nspo2.parts[0].step_count % self.config.update_freq == 0
         if loss is not None:
             self.report(loss=float(loss), **(self.nspo2.metrics() if due else {}))
@@ -169,8 +190,11 @@ class NSPO2Optimizer(torch.optim.Optimizer):
             self.report(**self.nspo2.metrics())
 
     def report(self, **metrics: float) -> None:
-        """Tell the sentinel what it cannot see from here: `loss=...` (noisy, is smoothed) or `eval_loss=...`."""
-        self.nspo2.sentinel.check(metrics, self.nspo2.parts[0].step_count)
+        """Tell the sentinel what it cannot see from here: `loss=...` (noisy, is smoothed) or `eval_loss=...`.
+
+        With several processes report the same figures on each, reduced first: the sentinel changes the filter.
+        """
+        self.nspo2.watch(metrics)
 
     def set_progress(self, progress: float) -> None:
         """Share of training done, from 0 to 1; needed for `anneal`."""
@@ -193,15 +217,17 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         """
         state = dict(state_dict)
         own = state.pop("nspo2", None)
-        self.optimizer.load_state_dict(state)
+        fresh = BlockGroups(self.blocks, self.config, recent=True, layout=own and own["blocks"])
         if own is None:
             logger.warning("The optimizer state holds no NSPO2 state: the noise estimate starts anew.")
-            return
-        self.enabled = own["enabled"]
-        try:
-            self.nspo2.load_state_dict(own)
-        except ValueError as error:
-            raise ValueError(
-                f"The NSPO2 part of the optimizer state does not fit ({error}): make the optimizer with the config "
-                "and blocks that it was saved with, or delete the key 'nspo2' from the state to start afresh."
-            ) from error
+        else:
+            try:
+                fresh.load_state_dict(own)
+            except ValueError as error:
+                raise ValueError(
+                    f"The NSPO2 part of the optimizer state does not fit ({error}): make the optimizer with the "
+                    "config and blocks that it was saved with, or delete the key 'nspo2' to start afresh."
+                ) from error
+            self.enabled = own["enabled"]
+        self.optimizer.load_state_dict(state)
+        self.nspo2 = fresh

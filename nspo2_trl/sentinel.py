@@ -6,6 +6,8 @@ import logging
 import math
 from collections.abc import Mapping
 
+from .config import NSPO2Config
+
 logger = logging.getLogger(__name__)
 
 ALPHA_LOW = 0.25  # below this the trust region holds back most of what the strategy wants to remove
@@ -32,14 +34,16 @@ class BiasSentinel:
     (smoothed over some ten reports) is more than 10 % and six times its own noise above its best so far, or
     `eval_loss` is more than 10 % above its best. Each check in breach climbs down one rung, each three calm checks
     climb one back up; every move is logged with its reason. A figure that was in breach stands so until it is
-    reported anew. With strategy `auto` the ladder has bolder rungs than the one a run starts on, `keep`.
+    reported anew; while the projection is off bias and α are not looked at, so that it is tried again in the end,
+    later each time. With strategy `auto` the ladder has bolder rungs than the one a run starts on, `keep`.
 
     Args:
         strategy: of the config. target_bias: of the config. enabled: whether checks have an effect.
+        every: steps from one move down to the next, so that a remedy has time to show.
     """
 
-    def __init__(self, strategy: str, target_bias: float, enabled: bool = True):
-        self.enabled = enabled
+    def __init__(self, strategy: str, target_bias: float, enabled: bool = True, every: int = 1):
+        self.enabled, self.configured, self.every, self.moved_at = enabled, strategy, every, -math.inf
         self.rungs, self.level = _ladder(strategy)
         self.target_bias = target_bias
         self.calm = 0
@@ -50,6 +54,10 @@ class BiasSentinel:
         self.variance = 0.0  # of one report around the smoothed loss
         self.moves = self.reports = 0
         self.standing = {"bias": False, "alpha": False, "loss": False, "eval_loss": False}
+
+    @classmethod
+    def of(cls, config: NSPO2Config) -> BiasSentinel:
+        return cls(config.strategy, config.target_bias, config.sentinel, config.update_freq)
 
     @property
     def strategy(self) -> str:
@@ -71,6 +79,9 @@ class BiasSentinel:
         if not self.enabled:
             return False
         known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if self.strategy == "off":  # there is no filter that could be biased
+            known = {name: value for name, value in known.items() if name not in ("bias", "alpha")}
+            self.standing |= {"bias": False, "alpha": False}
         reasons = self._breaches(known)
         if reasons:
             self.calm = 0
@@ -111,21 +122,32 @@ class BiasSentinel:
 
     def _move(self, by: int, step: int, reason: str) -> bool:
         level = min(max(self.level + by, 0), len(self.rungs) - 1)
-        if level == self.level:
+        if level == self.level or (by > 0 and step - self.moved_at < self.every):
             return False
+        if by > 0:
+            self.moved_at = step
+            if self.rungs[level][0] == "off":  # the next try, with a filter that went too far, comes later
+                self.patience *= 2
         self.level = level
         self.moves += 1
         say = logger.warning if by > 0 else logger.info
         say("NSPO2 sentinel, step %d: %s, so: %s.", step, reason, self.rungs[level][2])
         return True
 
-    _STATE = ("level", "calm", "patience", "smoothed", "variance", "best", "best_eval", "moves", "reports")
+    _STATE = ("level", "calm", "patience", "smoothed", "variance", "best", "best_eval", "moves", "reports", "moved_at")
 
     def state_dict(self) -> dict:
         """Plain numbers."""
-        return {name: getattr(self, name) for name in self._STATE} | {"standing": dict(self.standing)}
+        return {name: getattr(self, name) for name in self._STATE} | {
+            "standing": dict(self.standing),
+            "strategy": {self.configured: 0},
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
+        """A state saved under another strategy is left aside: its rungs are others."""
+        if self.configured not in state["strategy"]:
+            logger.warning("NSPO2 sentinel: the strategy was changed to `%s`, so it starts anew.", self.configured)
+            return
         for name in self._STATE:
             setattr(self, name, state[name])
         self.standing = dict(state["standing"])

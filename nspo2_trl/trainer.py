@@ -50,7 +50,7 @@ class _StepCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         losses = {name: value for name, value in (metrics or {}).items() if name == "eval_loss"}
         if losses and state.global_step > 0:
-            self.trainer.nspo2.sentinel.check(losses, state.global_step)
+            self.trainer.nspo2.watch(losses)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.nspo2_samples.detach()
@@ -106,9 +106,7 @@ class NSPO2Mixin:
             figures = self.nspo2.metrics(batch)
             figures["overhead_ms"] = 1000 * self.nspo2_time.take() / self._nspo2_steps_timed
             self._nspo2_steps_timed = 0
-            self.nspo2.sentinel.check(
-                {name: figures[name] for name in ("bias", "alpha") if name in figures}, self.state.global_step
-            )
+            self.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
             figures["sentinel_level"] = self.nspo2.sentinel.level
             for name, value in figures.items():
                 self._metrics["train"][f"nspo2/{name}"].append(value)

@@ -149,6 +149,17 @@ def test_white_noise_promises_nothing(n):
     assert free.rank.double().mean() < 0.3
 
 
+@pytest.mark.parametrize("update_freq", [2, 3, 10])
+def test_white_noise_is_not_significant_at_the_first_solve_either(update_freq):
+    """With one sample a step the newest difference is held back, so that one step fewer was learned from."""
+    torch.manual_seed(0)
+    engine = NSPO2(config(min_rank=0, update_freq=update_freq, cov_momentum=0.97), 100)
+    for _ in range(update_freq + 2):
+        samples = torch.randn(1, 100, 1, 200)
+        engine.step(samples, samples[0])
+    assert engine.is_active and (engine.rank > 0).double().mean() <= 0.03
+
+
 @pytest.mark.parametrize("n", [1, 4])
 def test_noise_scale_and_signal_removed_on_a_planted_problem(n):
     """The signal lies by 64 % in the noisy directions; the noise is known, so both figures have exact values."""
@@ -259,6 +270,13 @@ def test_bad_numbers_teach_nothing_and_are_counted(bad):
     assert engine.get_metrics()["skipped_steps"] == 1 and clean.get_metrics()["skipped_steps"] == 0
 
 
+def test_bad_numbers_on_the_very_first_step():
+    engine = NSPO2()
+    engine.hook(torch.tensor([float("nan"), 1.0]))
+    engine.step_end()
+    assert engine.get_metrics()["skipped_steps"] == 1
+
+
 def test_half_precision_gradients_are_filtered_in_float32():
     engine, reference = NSPO2(config()), NSPO2(config())
     for samples in stream(9, 1, 1, 24):
@@ -322,6 +340,16 @@ def test_factored_rows_of_one_sample_are_not_independent():
         samples = factors * torch.randn(4, 4, 1, 300)
         engine.step(samples, samples.mean(0))
     assert engine.rank.double().mean() < 0.3
+
+
+def test_options_are_copied():
+    options = config()
+    engine = NSPO2(options)
+    for samples in stream(5, 1, 1, 24):
+        engine.hook(samples[0])
+        engine.step_end()
+        options["projection_rank"] = 8
+    assert engine.config.projection_rank == 4
 
 
 def test_reset_forgets():

@@ -1,5 +1,6 @@
 """The wrapper around torch optimizers: equal to the bare one when off, to a float64 reference when on."""
 
+import copy
 import math
 
 import pytest
@@ -242,7 +243,60 @@ def test_bad_gradients_are_not_stepped_and_counted():
     assert optimizer.get_metrics()["skipped_steps"] == 2
 
 
+def test_bad_numbers_outside_the_blocks_are_not_stepped_either():
+    model = network()
+    blocks = [list(model[0].parameters())]
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1}, options(), blocks)
+    embedding = nn.Embedding(20, 4, sparse=True)
+    sparse = create_nspo2_optimizer(embedding.parameters(), optim.SGD, {"lr": 0.1}, options())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[2].bias.grad[0] = float("nan")
+    embedding(torch.tensor([1, 2])).sum().backward()
+    embedding.weight.grad = embedding.weight.grad * float("inf")
+    for each in (optimizer, sparse):
+        before = [p.detach().clone() for group in each.param_groups for p in group["params"]]
+        each.step()
+        after = [p for group in each.param_groups for p in group["params"]]
+        assert all(torch.equal(a, b) for a, b in zip(before, after)) and each.get_metrics()["skipped_steps"] == 1
+
+
+def test_update_space_leaves_parameters_without_a_gradient_alone():
+    model = network()
+    config = options(apply_to="update", trust_radius=1e9)
+    optimizer = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.1}, config)
+    bias = model[0].bias.detach().clone()
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().sum().backward()
+        model[0].bias.grad = None
+        optimizer.step()
+    assert optimizer.get_metrics()["is_active"] and torch.equal(bias, model[0].bias)
+
+
+def test_deepcopy_trains_on_alike():
+    model = network()
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.05}, options())
+    train(model, optimizer, 5)
+    other, other_optimizer = copy.deepcopy((model, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(train(model, optimizer, 6), train(other, other_optimizer, 6)))
+
+
 # ---- state ----
+
+
+def test_parameters_added_later_resume_in_a_wrapper_that_has_them_from_the_start():
+    first, second = network(), network(seed=5)
+    optimizer = create_nspo2_optimizer(first.parameters(), optim.SGD, {"lr": 0.01}, options())
+    train(first, optimizer, 5)
+    optimizer.add_param_group({"params": second.parameters(), "lr": 0.5})
+    train(second, optimizer, 5)
+    saved, models = copy.deepcopy(optimizer.state_dict()), copy.deepcopy((first, second))
+    expected = train(second, optimizer, 4)
+    groups = [{"params": models[0].parameters(), "lr": 0.01}, {"params": models[1].parameters(), "lr": 0.5}]
+    resumed = create_nspo2_optimizer(groups, optim.SGD, {"lr": 0.01}, options())
+    resumed.load_state_dict(saved)
+    assert all(torch.equal(a, b) for a, b in zip(train(models[1], resumed, 4), expected))
 
 
 @pytest.mark.parametrize("space", ["gradient", "update"])
@@ -271,6 +325,7 @@ def test_state_of_others(caplog):
     train(model, bare, 2)
     optimizer.load_state_dict(bare.state_dict())
     assert "the noise estimate starts anew" in caplog.text
+    assert optimizer.get_metrics()["step_count"] == 0 and not optimizer.get_metrics()["is_active"]
     other = create_nspo2_optimizer(model.parameters(), optim.AdamW, {}, blocks=[list(model.parameters())])
     train(model, other, 5)
     with pytest.raises(ValueError, match="delete the key 'nspo2'"):

@@ -39,11 +39,11 @@ def test_warns_then_lowers_the_rank_then_the_strategy_then_ends(caplog):
 @pytest.mark.parametrize("strategy, rungs", [("noise", 6), ("hybrid", 5), ("keep", 4)])
 def test_recovers_when_the_breach_ends(strategy, rungs):
     sentinel = BiasSentinel(strategy, 0.05)
-    climb(sentinel, BIASED, 10)
+    climb(sentinel, BIASED, rungs - 1)
     assert sentinel.strategy == "off" and len(sentinel.rungs) == rungs
-    climb(sentinel, CALM, PATIENCE - 1)
+    climb(sentinel, CALM, 2 * PATIENCE - 1)
     assert sentinel.strategy == "off"
-    climb(sentinel, CALM, 1 + PATIENCE * rungs)
+    climb(sentinel, CALM, 1 + 2 * PATIENCE * rungs)
     assert (sentinel.strategy, sentinel.rank_share, sentinel.level) == (strategy, 1, 0)
 
 
@@ -87,12 +87,49 @@ def test_auto_starts_with_keep_grows_bolder_and_learns_from_a_breach():
     assert sentinel.strategy == "keep"
     climb(sentinel, CALM, PATIENCE)
     assert sentinel.strategy == "hybrid"
-    sentinel.check(BIASED, 0)
+    sentinel.check(BIASED, 10)
     assert sentinel.strategy == "keep"
     climb(sentinel, CALM, 2 * PATIENCE - 1)
     assert sentinel.strategy == "keep"  # waits longer than the first time
     climb(sentinel, CALM, 1)
     assert sentinel.strategy == "hybrid"
+
+
+def test_off_is_left_again_although_no_filter_reports_a_bias_then():
+    """In a run bias and α are absent while the projection is off; that must not keep it off for ever."""
+    sentinel = BiasSentinel("keep", 0.05)
+    climb(sentinel, BIASED, 3)
+    assert sentinel.strategy == "off"
+    found = climb(sentinel, {}, 2 * PATIENCE)
+    assert found[-1][0] == "keep"
+
+
+def test_moves_down_wait_until_the_last_remedy_could_show():
+    sentinel = BiasSentinel("keep", 0.05, every=10)
+    climb(sentinel, BIASED, 25)
+    assert sentinel.level == 3  # steps 0, 10 and 20
+
+
+def test_a_state_of_another_strategy_is_left_aside(caplog):
+    noise, keep = BiasSentinel("noise", 0.05), BiasSentinel("keep", 0.05)
+    climb(noise, BIASED, 6)
+    keep.load_state_dict(noise.state_dict())
+    assert keep.level == 0 and "starts anew" in caplog.text
+
+
+def test_an_engine_that_was_switched_off_comes_back():
+    """What was measured of the filter that was taken back must not be reported again and again."""
+    torch.manual_seed(0)
+    engine = NSPO2(NSPO2Config(strategy="keep", projection_rank=4, min_rank=4, update_freq=2))
+    active = []
+    for step in range(120):
+        engine.hook(torch.randn(40) * torch.tensor([3.0] * 4 + [0.3] * 36))
+        engine.step_end({"bias": 1.0} if 20 <= step < 30 else None)
+        active.append(engine.is_active)
+        if not engine.is_active:
+            assert math.isnan(engine.get_metrics()["bias"])
+    assert active[19] and not active[29] and active[-1]
+    assert engine.sentinel.level == 0
 
 
 def test_state_survives():
