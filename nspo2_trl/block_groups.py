@@ -190,5 +190,9 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
 
 def any_bad(grads: Iterable[torch.Tensor | None]) -> bool:
     """Whether any entry is NaN or Inf. For the rare case that `all_finite` said no; waits for the device each time."""
-    values = (g.coalesce().values() if g.is_sparse else g for g in grads if g is not None)
-    return any(not torch.isfinite(value).all() for value in values)
+    return any(not torch.isfinite(entries(grad)).all() for grad in grads if grad is not None)
+
+
+def entries(grad: torch.Tensor) -> torch.Tensor:
+    """What stands in a gradient: of a sparse one its values, else all of it."""
+    return grad.coalesce().values() if grad.is_sparse else grad

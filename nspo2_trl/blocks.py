@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import NSPO2Config
 from .core import NSPO2
-from .eigensolvers import EXACT_MAX_DIM
+from .eigensolvers import check_exact
 from .sentinel import BiasSentinel
 
 
@@ -20,6 +20,12 @@ class Block:
 
     name: str
     params: list[nn.Parameter]
+
+
+def params_outside(blocks: Iterable[Block], params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of `params` that are in none of `blocks`."""
+    inside = {id(p) for block in blocks for p in block.params}
+    return [p for p in params if id(p) not in inside]
 
 
 @dataclass
@@ -55,11 +61,8 @@ class Group:
         self.names.append(name)
 
     def build(self, sentinel: BiasSentinel, recent: bool) -> None:
-        if self.config.eigensolver == "exact" and self.shape[1] > EXACT_MAX_DIM:
-            raise ValueError(
-                f"`eigensolver='exact'` takes blocks of up to {EXACT_MAX_DIM} entries, {self.names[0]} has "
-                f"{self.shape[1]}: use `eigensolver='gram'`."
-            )
+        if self.config.eigensolver == "exact":
+            check_exact(self.shape[1])
         self.nspo2 = NSPO2(self.config, num_blocks=len(self.names), sentinel=sentinel, recent=recent)
         self.grad = self.buffer()  # the step's gradient; in update space, afterwards the change of the parameters
         self.views = self.views_of(self.grad)

@@ -18,6 +18,7 @@ from .metrics import forget_filter, published, summarize
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
 from .signal import SignalEstimate
+from .state import load_tensors
 from .strategies import limit_bias, noise_edge, select, significant_rank
 from .trust_region import trust_alpha
 
@@ -284,13 +285,7 @@ class NSPO2:
         self._allocate(state["reference"].to(device or state["reference"].device), n=1)
         self.cov.load_state_dict(state["cov"])
         self.signal.load_state_dict(state["signal"])
-        for name in self._TENSORS:
-            own, saved = getattr(self, name), state[name]
-            if own.shape != saved.shape:
-                raise ValueError(
-                    f"the saved `{name}` has shape {tuple(saved.shape)}, this run needs {tuple(own.shape)}"
-                )
-            own.copy_(saved)
+        load_tensors(self, self._TENSORS, state)
         for name in (*self._NUMBERS, "active"):
             setattr(self, name, state[name])
         self.previous = state["previous"].to(self.reference, copy=True) if "previous" in state else None

@@ -110,6 +110,15 @@ def solve_randomized(
     return _from_left(stack, weights, values, left @ rotation, k, epsilon)
 
 
+def check_exact(dim: int) -> None:
+    """Raise `ValueError` where blocks of `dim` entries are too large for `solve_exact`."""
+    if dim > EXACT_MAX_DIM:
+        raise ValueError(
+            f"`eigensolver='exact'` builds a {dim} x {dim} matrix; it takes blocks of up to {EXACT_MAX_DIM} entries. "
+            "Use `eigensolver='gram'`."
+        )
+
+
 def solve_exact(
     stack: torch.Tensor, weights: torch.Tensor, k: int, epsilon: float, seed: int = 0, orthonormal: int = 0
 ) -> torch.Tensor:
@@ -119,11 +128,7 @@ def solve_exact(
         ValueError: the blocks are larger than that.
     """
     dim = stack.shape[2]
-    if dim > EXACT_MAX_DIM:
-        raise ValueError(
-            f"`eigensolver='exact'` builds a {dim} x {dim} matrix; it takes blocks of up to {EXACT_MAX_DIM} entries. "
-            "Use `eigensolver='gram'`."
-        )
+    check_exact(dim)
     weighted = stack * weights[:, :, None]
     values, vectors = _eigh(weighted.mT @ weighted)
     values = torch.nn.functional.pad(values, (0, max(0, k - dim)))[:, :k]

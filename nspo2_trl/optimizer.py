@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .adapters import lora_blocks
-from .block_groups import BlockGroups, any_bad
-from .blocks import Block
+from .block_groups import BlockGroups, any_bad, entries
+from .blocks import Block, params_outside
 from .config import NSPO2Config, get_default_config
 from .metrics import published
 
@@ -69,6 +69,19 @@ def create_nspo2_optimizer(
     return NSPO2Optimizer(optimizer, config, found)
 
 
+def _inner(name: str) -> property:
+    """An attribute of the optimizer inside; what the base constructor sets, before `nspo2` is there, is lost."""
+
+    def get(self):
+        return getattr(self.optimizer, name)
+
+    def put(self, value):
+        if "nspo2" in self.__dict__:
+            setattr(self.optimizer, name, value)
+
+    return property(get, put)
+
+
 class NSPO2Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose steps are filtered by NSPO2; `create_nspo2_optimizer` makes one.
 
@@ -101,6 +114,7 @@ class NSPO2Optimizer(torch.optim.Optimizer):
             left -= {id(p) for p in block.params}
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.config, self.blocks, self.enabled = config, list(blocks), True
+        self.others = params_outside(blocks, params)
         self.nspo2 = BlockGroups(blocks, config, recent=True)
 
     def _params(self) -> list[nn.Parameter]:
@@ -108,32 +122,7 @@ class NSPO2Optimizer(torch.optim.Optimizer):
 
     # what the base class keeps for itself is the inner optimizer's here; what its constructor sets is dropped
 
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value):
-        if "nspo2" in self.__dict__:
-            self.optimizer.param_groups = value
-
-    @property
-    def state(self):
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value):
-        if "nspo2" in self.__dict__:
-            self.optimizer.state = value
-
-    @property
-    def defaults(self):
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value):
-        if "nspo2" in self.__dict__:
-            self.optimizer.defaults = value
+    param_groups, state, defaults = _inner("param_groups"), _inner("state"), _inner("defaults")
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; each becomes a block of its own, and the noise estimate of the others goes on."""
@@ -149,7 +138,7 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def __getstate__(self) -> dict:
-        return {name: self.__dict__[name] for name in ("optimizer", "config", "blocks", "enabled", "nspo2")}
+        return {name: self.__dict__[name] for name in ("optimizer", "config", "blocks", "others", "enabled", "nspo2")}
 
     def set_enabled(self, enabled: bool) -> None:
         """Off, a step is the inner optimizer's own to the bit, and nothing is learned."""
@@ -175,10 +164,9 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         return loss
 
     def _other_grads(self) -> list[torch.Tensor]:
-        """Gradients that are not filtered: of parameters in no block, and sparse ones (their values)."""
-        mine = {id(p) for block in self.blocks for p in block.params}
-        others = [p.grad for p in self._params() if p.grad is not None and (p.grad.is_sparse or id(p) not in mine)]
-        return [grad.coalesce().values() if grad.is_sparse else grad for grad in others]
+        """Entries of the gradients that are not filtered: of parameters in no block, and sparse ones."""
+        sparse = [p for block in self.blocks for p in block.params if p.grad is not None and p.grad.is_sparse]
+        return [entries(p.grad) for p in (*self.others, *sparse) if p.grad is not None]
 
     def _look(self, loss) -> None:
         if not self.config.sentinel:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .projection import ProjectionHead, coordinates, restrict
+from .state import load_tensors
 
 HISTORY = 512  # steps over which signal and noise are pooled
 WINDOWS = 64  # the same for the signal removed, in windows from one eigensolve to the next
@@ -81,13 +82,7 @@ class SignalEstimate:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises `ValueError` where the state is of other blocks or another rank."""
-        for name in self._TENSORS:
-            own, saved = getattr(self, name), state[name]
-            if own.shape != saved.shape:
-                raise ValueError(
-                    f"the saved `{name}` has shape {tuple(saved.shape)}, this run needs {tuple(own.shape)}"
-                )
-            setattr(self, name, saved.to(own, copy=True))
+        load_tensors(self, self._TENSORS, state)
         for name in self._NUMBERS:
             setattr(self, name, state[name])
 

@@ -20,6 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .adapters import lora_blocks
 from .block_groups import BlockGroups, any_bad
+from .blocks import params_outside
 from .dpo_config import NSPO2DPOConfig
 from .samples import SampleCollector
 from .timing import Stopwatch
@@ -72,8 +73,7 @@ class NSPO2Mixin:
         _refuse_unsupported(self.accelerator)
         blocks = lora_blocks(self.model)
         self.nspo2 = BlockGroups(blocks, self.args.nspo2_config())
-        mine = {id(p) for block in blocks for p in block.params}
-        self._nspo2_others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in mine]
+        self._nspo2_others = [p for p in params_outside(blocks, self.model.parameters()) if p.requires_grad]
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self.nspo2_samples = SampleCollector(self.nspo2, self.accelerator, self.nspo2_time)
         self._nspo2_steps_timed = 0

@@ -4,7 +4,7 @@
 
 `overhead`: two trainers on the same recipe, with `nspo2_enabled` true and false, take turns step by step on the same
 batches: forward and backward passes, clipping, optimizer. Printed are the median ratio of step times with its
-quartiles, and where the time of NSPO2 goes by its own clock.
+quartiles, and the time that NSPO2 took by its own clock.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def take_step(trainer, batches: list[dict]) -> float:
         trainer.training_step(trainer.model, dict(batch))
         if trainer.nspo2 and i + 1 < len(batches):
             trainer.nspo2_samples.next_micro_batch()
-    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    if trainer.args.max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     if trainer.nspo2:
         trainer._nspo2_begin_step()
     trainer.optimizer.step()
