@@ -6,10 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from .blocks import Block, Group, units
 from .config import NSPO2Config
 from .core import NSPO2
+from .eigensolvers import Total, same
 from .metrics import forget_filter, reset_sums, summarize
 from .sentinel import BiasSentinel
 
@@ -27,12 +30,20 @@ class BlockGroups:
         config: options, shared by all of them.
         recent: see [`NSPO2`].
         layout: the `blocks` of a saved state, where some were added later; they are grouped as they were then.
+        ranks: the processes that share the work, see [`Shards`]; None for one process.
+        share: share of the steps that are learned from, see [`samples.sample_share`].
     """
 
     def __init__(
-        self, blocks: list[Block], config: NSPO2Config, recent: bool = False, layout: Mapping[str, int] | None = None
+        self,
+        blocks: list[Block],
+        config: NSPO2Config,
+        recent: bool = False,
+        layout: Mapping[str, int] | None = None,
+        ranks: dist.ProcessGroup | None = None,
+        share: float = 1.0,
     ):
-        self.config, self.recent = NSPO2Config(**config), recent
+        self.config, self.recent, self.ranks, self.share = NSPO2Config(**config), recent, ranks, share
         self.sentinel = BiasSentinel.of(self.config)
         self.groups: list[Group] = []
         self.add(blocks, layout or {})
@@ -46,23 +57,42 @@ class BlockGroups:
         for name, params, shape in units(blocks, self.config.covariance):
             key = (*shape, params[0].device, params[0].dtype, layout.get(name))
             if key not in found:
-                found[key] = Group(shape, params[0].device, self.config)
+                found[key] = Group(shape, params[0].device, self.config, self.ranks)
             found[key].add(name, params)
         for group in found.values():
-            group.build(self.sentinel, self.recent)
+            group.build(self.sentinel, self.recent, self.share)
         self.groups += found.values()
 
     @property
     def parts(self) -> list[NSPO2]:
         return [group.nspo2 for group in self.groups]
 
+    @property
+    def total(self) -> Total:
+        """Sums over the ranks that share the work."""
+        return self.groups[0].nspo2.total
+
+    def holds(self, params: Iterable[torch.Tensor]) -> bool:
+        """Whether every parameter that is filtered is one of `params`."""
+        known = {id(p) for p in params}
+        return all(id(place.param) in known for group in self.groups for place in group.places)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the next step is one to learn from: `share` of them are, at even distances."""
+        step = self.parts[0].step_count
+        return int((step + 1) * self.share) > int(step * self.share)
+
     @torch.no_grad()
-    def begin_step(self, samples: list[torch.Tensor] | None = None, others: Sequence[torch.Tensor] = ()) -> bool:
+    def begin_step(
+        self, samples: Callable[[], list[torch.Tensor]] | None = None, others: Sequence[torch.Tensor] = ()
+    ) -> bool:
         """Score, filter and learn, or prepare for it; call it when the step's gradients are complete.
 
         Args:
-            samples: for each group (n, B, m, d), gradients of the step's micro-batches, to stay as they are until
-                `end_step`; the gradients themselves where left out (one sample a step).
+            samples: called where the step is one to learn from; gives for each group (n, B, m, d), gradients of the
+                step's micro-batches, to stay as they are until `end_step`. If left out, the gradients themselves
+                (one sample a step).
             others: gradients of parameters in no block; they are only looked at for bad numbers.
 
         Returns:
@@ -73,9 +103,11 @@ class BlockGroups:
             group.follow()
         there = self._there = [group.read_grads() for group in self.groups]
         update = self.config.apply_to == "update"
-        if samples is None:  # kept apart where `grad` is needed for the change of the parameters later
-            samples = [group.grad.clone()[None] if update else group.grad[None] for group in self.groups]
-        if not all_finite([*samples, *others]):
+        if samples is not None:
+            found = samples() if self.learns else []
+        else:  # kept apart where `grad` is needed for the change of the parameters later
+            found = [group.grad.clone()[None] if update else group.grad[None] for group in self.groups]
+        if not all_finite([*(found or [group.grad for group in self.groups]), *others], self.total):
             self._samples = None
             self.skipped_steps += 1
             if self.skipped_steps == 1:
@@ -84,10 +116,11 @@ class BlockGroups:
                     "counted in `skipped_steps`."
                 )
             return False
-        self._samples = samples
+        self._samples = found or [None] * len(self.groups)
         if update:
             for group in self.groups:
-                group.read_params(group.before_views)
+                group.read_params()
+                group.before.copy_(group.grad)
         else:
             self._filter(lambda group, i, result: group.write_grads(result, there[i]))
         return True
@@ -97,14 +130,14 @@ class BlockGroups:
         """Call it when the optimizer has stepped, and only after a `begin_step` that returned True."""
         if self.config.apply_to == "update" and self._samples is not None:
             for group in self.groups:
-                group.read_params(group.views)
+                group.read_params()
                 group.grad.sub_(group.before)
             self._filter(lambda group, i, result: group.write_params(result, self._there[i]))
         self._samples = None
 
     def _filter(self, write: Callable[[Group, int, torch.Tensor], None]) -> None:
         """Filter what is in each group's `grad`; `write` is called with the result where it differs."""
-        norms = []
+        energies = []
         active = any(part.is_active for part in self.parts)
         for i, group in enumerate(self.groups):
             before = torch.linalg.vector_norm(group.grad)
@@ -113,8 +146,8 @@ class BlockGroups:
             if result is not group.grad:
                 after = torch.linalg.vector_norm(result)
                 write(group, i, result)
-            norms.append(torch.stack([before, after]).to(self.groups[0].device))
-        norms = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+            energies.append(torch.stack([before, after]).to(self.groups[0].device).square())
+        norms = self.total(torch.stack(energies).sum(0)).sqrt()
         self._norms = self._norms.to(norms.device) * self.parts[0].sums_decay
         self._norms[:2] += norms
         self._norms[2] += 1
@@ -158,10 +191,17 @@ class BlockGroups:
         return sum(unique.values())
 
     def state_dict(self) -> dict:
-        """Tensors and plain numbers; the blocks' names are keys, so that other blocks are noticed."""
-        state = {str(i): group.nspo2.state_dict() for i, group in enumerate(self.groups)}
+        """Tensors and plain numbers; the blocks' names are keys, so that other blocks are noticed.
+
+        Where ranks share the work, each must call it; it gives whole blocks, for any number of ranks to load.
+        """
+        groups = {}
+        for i, group in enumerate(self.groups):
+            groups[str(i)] = group.nspo2.state_dict()
+            if group.shards:
+                groups[str(i)] = _map_columns(groups[str(i)], lambda part, s=group.shards: s.gather(part).cpu())
         return {
-            "groups": state,
+            "groups": groups,
             "blocks": self._names(),
             "sentinel": self.sentinel.state_dict(),
             "skipped_steps": self.skipped_steps,
@@ -176,23 +216,45 @@ class BlockGroups:
         if list(state["blocks"].items()) != list(self._names().items()):
             raise ValueError(f"it was saved for {len(state['blocks'])} blocks, which are not the ones of this run")
         for group, saved in zip(self.groups, state["groups"].values()):
+            if group.shards:
+                saved = _map_columns(saved, group.shards.cut)
             group.nspo2.load_state_dict(saved, device=group.device)
         self.sentinel.load_state_dict(state["sentinel"])
         self.skipped_steps = state["skipped_steps"]
         self._norms = state["norms"].to(self._norms, copy=True)
 
 
-def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether none has NaN, Inf or entries so large that their squares overflow. Waits for the device once."""
+def _map_columns(state: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
+    """`state` of an [`NSPO2`] with `change` done to every tensor whose last dimension are a block's columns."""
+    state = dict(state)
+    for name in ("reference", "previous"):
+        if name in state:
+            state[name] = change(state[name])
+    if "cov" in state:
+        state["cov"] = state["cov"] | {"stack": change(state["cov"]["stack"])}
+    return state
+
+
+def all_finite(tensors: list[torch.Tensor], total: Total = same) -> bool:
+    """Whether none has NaN, Inf or entries so large that their squares overflow, on any rank that `total` sums over.
+
+    Waits for the device once.
+    """
     norms = torch.stack([torch.linalg.vector_norm(part).to(tensors[0].device) for part in tensors])
-    return bool(torch.isfinite(norms.square().sum()))
+    return bool(torch.isfinite(total(norms.square().sum())))
 
 
-def any_bad(grads: Iterable[torch.Tensor | None]) -> bool:
-    """Whether any entry is NaN or Inf. For the rare case that `all_finite` said no; waits for the device each time."""
-    return any(not torch.isfinite(entries(grad)).all() for grad in grads if grad is not None)
+def any_bad(grads: Iterable[torch.Tensor | None], total: Total = same) -> bool:
+    """Whether any entry is NaN or Inf, on any rank that `total` sums over.
+
+    For the rare case that `all_finite` said no; waits for the device.
+    """
+    bad = [(~torch.isfinite(entries(grad))).any() for grad in grads if grad is not None]
+    return bool(total(torch.stack(bad).sum()))
 
 
 def entries(grad: torch.Tensor) -> torch.Tensor:
-    """What stands in a gradient: of a sparse one its values, else all of it."""
+    """What stands in a gradient: of a sparse one its values, of a sharded one what this rank has, else all of it."""
+    if isinstance(grad, DTensor):
+        return grad.to_local()
     return grad.coalesce().values() if grad.is_sparse else grad

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .config import NSPO2Config
 from .core import NSPO2
 from .eigensolvers import check_exact
 from .sentinel import BiasSentinel
+from .sharding import LocalParts, Shards
 
 
 @dataclass
@@ -45,10 +48,22 @@ class _Place:
 
 
 class Group:
-    """Blocks of one shape on one device: their [`NSPO2`], and where each parameter stands in its buffers."""
+    """Blocks of one shape on one device: their [`NSPO2`], and where each parameter stands in its buffers.
 
-    def __init__(self, shape: tuple[int, int], device: torch.device, config: NSPO2Config):
+    Args:
+        shape: (m, d) of each. device: where they are. config: the options.
+        ranks: the processes that share the work on the blocks, each with some of the columns; None for one process.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        config: NSPO2Config,
+        ranks: dist.ProcessGroup | None = None,
+    ):
         self.shape, self.device, self.config = shape, device, config
+        self.shards = Shards(shape[1], ranks) if ranks else None
         self.names: list[str] = []
         self.places: list[_Place] = []
 
@@ -60,20 +75,32 @@ class Group:
             start += param.numel()
         self.names.append(name)
 
-    def build(self, sentinel: BiasSentinel, recent: bool) -> None:
+    def build(self, sentinel: BiasSentinel, recent: bool, share: float) -> None:
         if self.config.eigensolver == "exact":
             check_exact(self.shape[1])
-        self.nspo2 = NSPO2(self.config, num_blocks=len(self.names), sentinel=sentinel, recent=recent)
-        self.grad = self.buffer()  # the step's gradient; in update space, afterwards the change of the parameters
-        self.views = self.views_of(self.grad)
-        if self.config.apply_to == "update":
-            self.before = self.buffer()
-            self.before_views = self.views_of(self.before)
+            if self.shards:
+                raise ValueError(
+                    "`eigensolver='exact'` works on one process only: use `eigensolver='gram'` with several."
+                )
+        self.nspo2 = NSPO2(self.config, sentinel, recent, share, self.shards)
+        self.moves: LocalParts | None = None
+        if isinstance(self.places[0].param, DTensor):
+            size = len(self.names) * self.shape[0] * self.shape[1]
+            positions = torch.arange(size, device=self.device).view(len(self.names), *self.shape)
+            self.moves = LocalParts(self.shards, self.views_of(positions), [place.param for place in self.places])
+            self.grad = self.buffer(width=self.shards.width)
+        else:
+            self.full = self.buffer()
+            self.views = self.views_of(self.full)
+            self.grad = self.shards.cut(self.full).contiguous() if self.shards else self.full
+        # `grad` is the step's gradient; in update space, afterwards the change of the parameters
+        self.before = torch.zeros_like(self.grad) if self.config.apply_to == "update" else None
 
-    def buffer(self, *lead: int) -> torch.Tensor:
+    def buffer(self, *lead: int, width: int | None = None) -> torch.Tensor:
         """Zeros (*lead, B, m, d) in at least float32: the maths is never done in half precision."""
         dtype = torch.promote_types(self.places[0].param.dtype, torch.float32)
-        return torch.zeros(*lead, len(self.names), *self.shape, dtype=dtype, device=self.device)
+        size = (*lead, len(self.names), self.shape[0], width or self.shape[1])
+        return torch.zeros(size, dtype=dtype, device=self.device)
 
     def views_of(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """One view of `buffer` (B, m, d) a parameter, in the order of `places`."""
@@ -86,34 +113,62 @@ class Group:
         """
         grads = [place.param.grad for place in self.places]
         there = [i for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse]
+        if self.moves:
+            locals_ = [_local(place.param) for place in self.places]
+            self.moves.take(
+                [torch.zeros_like(p) if g is None else _local(g) for p, g in zip(locals_, grads)], self.grad
+            )
+            return there
         if len(there) < len(grads):
-            self.grad.zero_()
-        if there:
-            torch._foreach_copy_([self.views[i] for i in there], [grads[i] for i in there])
+            self.full.zero_()
+        self._read([self.views[i] for i in there], [grads[i] for i in there])
         return there
+
+    def read_params(self) -> None:
+        """Copy the parameters into `grad`."""
+        params = [_local(place.param) for place in self.places]
+        if self.moves:
+            self.moves.take(params, self.grad)
+        else:
+            self._read(self.views, params)
+
+    def _read(self, views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+        if tensors:
+            torch._foreach_copy_(views, tensors)
+        if self.shards:
+            self.grad.copy_(self.shards.cut(self.full))
 
     def write_grads(self, result: torch.Tensor, there: list[int]) -> None:
         """Copy `result` (B, m, d) into the parameters' gradients."""
-        self.grad.copy_(result)
-        if there:
-            torch._foreach_copy_([self.places[i].param.grad for i in there], [self.views[i] for i in there])
-
-    def read_params(self, views: list[torch.Tensor]) -> None:
-        torch._foreach_copy_(views, [place.param.detach() for place in self.places])
+        self._write(result, [_local(self.places[i].param.grad) for i in there], there)
 
     def write_params(self, change: torch.Tensor, there: list[int]) -> None:
-        """Set the parameters to what they were at `before`, plus `change` (B, m, d)."""
-        self.grad.copy_(change).add_(self.before)
+        """Set the parameters to what they were `before`, plus `change` (B, m, d)."""
+        self._write(change + self.before, [_local(self.places[i].param) for i in there], there)
+
+    def _write(self, result: torch.Tensor, targets: list[torch.Tensor], there: list[int]) -> None:
+        if self.moves:
+            held = dict(zip(there, targets))
+            local = [held.get(i, torch.empty_like(_local(p.param))) for i, p in enumerate(self.places)]
+            self.moves.give(result, local)
+            return
+        self.full.copy_(self.shards.gather(result) if self.shards else result)
         if there:
-            torch._foreach_copy_([self.places[i].param.data for i in there], [self.views[i] for i in there])
+            torch._foreach_copy_(targets, [self.views[i] for i in there])
 
     def follow(self) -> None:
         """Move to where the parameters are, should they have been moved since."""
         device = self.places[0].param.device
         if device != self.device:
             self.device, state = device, self.nspo2.state_dict()
-            self.build(self.nspo2.sentinel, self.nspo2.sums_decay != 1)
+            self.build(self.nspo2.sentinel, self.nspo2.sums_decay != 1, self.nspo2.share)
             self.nspo2.load_state_dict(state, device=device)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a parameter or a gradient, without its history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def units(blocks: list[Block], covariance: str) -> Iterator[tuple[str, list[nn.Parameter], tuple[int, int]]]:

@@ -36,6 +36,7 @@ _CHECKS = {
     "apply_to": _one_of("gradient", "update"),
     "sentinel": (lambda v: isinstance(v, bool), "true or false"),
     "eigensolver": _one_of("gram", "exact", "randomized"),
+    "basis_dtype": _one_of("float32", "bfloat16"),
     "strength": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1 (1 is full projection)"),
     "anneal": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1 (share of training, 0 is never)"),
     "epsilon": (lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1"),
@@ -94,6 +95,8 @@ class NSPO2Config(MutableMapping):
         apply_to: `"gradient"` filters before the optimizer, `"update"` lets it step and filters what it changed.
         sentinel: whether a breach of the bounds lowers the rank, changes the strategy or ends the projection.
         eigensolver: `"gram"` (sample space), `"exact"` (small blocks only) or `"randomized"`.
+        basis_dtype: `"float32"`, or `"bfloat16"` to keep the directions and the buffered samples in half the memory;
+            all maths stays in float32.
         strength: share of the component in the noise directions that is removed.
         anneal: share of training over which the strength falls linearly to 0; 0 keeps it constant.
         epsilon: eigenvalues below this share of the largest one count as zero.
@@ -117,6 +120,7 @@ class NSPO2Config(MutableMapping):
     apply_to: str = "gradient"
     sentinel: bool = True
     eigensolver: str = "gram"
+    basis_dtype: str = "float32"
     strength: float = 1.0
     anneal: float = 0.0
     epsilon: float = 1e-6

@@ -13,10 +13,11 @@ import torch
 
 from .config import NSPO2Config, get_default_config
 from .covariance import CovEstimator, noise_rows
-from .eigensolvers import EigSolver
+from .eigensolvers import EigSolver, same
 from .metrics import forget_filter, published, summarize
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
+from .sharding import Shards
 from .signal import SignalEstimate
 from .state import load_tensors
 from .strategies import limit_bias, noise_edge, select, significant_rank
@@ -31,9 +32,10 @@ class NSPO2:
 
     Args:
         config: [`NSPO2Config`] or a mapping with its fields; the published defaults where it is left out.
-        num_blocks: B.
         sentinel: the [`BiasSentinel`] to obey, where several of these share one; else it gets its own.
         recent: whether figures fade with `cov_momentum`, or add up until `reset_sums`.
+        share: share of the steps that are learned from, where the caller leaves some out.
+        shards: the columns of the blocks that this rank has, where ranks share the work.
 
     Raises:
         ValueError: a bad option, or a gradient whose size is not `config.dim`.
@@ -42,15 +44,16 @@ class NSPO2:
     def __init__(
         self,
         config: NSPO2Config | Mapping | None = None,
-        num_blocks: int = 1,
         sentinel: BiasSentinel | None = None,
         recent: bool = True,
+        share: float = 1.0,
+        shards: Shards | None = None,
     ):
         if config is None:
             config = get_default_config()
         self.config = NSPO2Config(**config)  # a copy: what was allocated for it must not change later
-        self.num_blocks = num_blocks
         self.sums_decay = self.config.cov_momentum if recent else 1.0
+        self.share, self.shards, self.total = share, shards, shards.sum if shards else same
         self._shared_sentinel = sentinel
         self.reset()
 
@@ -60,66 +63,53 @@ class NSPO2:
         self.sentinel = self._shared_sentinel or BiasSentinel.of(config)
         self.active = True
         self.progress = 0.0  # share of training done, for `anneal`
-        self.step_count = self.skipped_steps = 0
+        self.step_count = self.skipped_steps = self.learned_at = 0
         self.cov: CovEstimator | None = None
         self._hooked: list[torch.Tensor] = []
 
     # ---- one step ----
 
-    def step(self, samples: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor | None:
-        """Score, filter, learn.
+    def step(self, samples: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """Score, filter, learn. With `shards`, d is their `width` in all of it.
 
         Args:
             samples: (n, B, m, d) gradients of the step's n micro-batches, finite, at least float32, scaled so that
-                their mean is the step's gradient.
+                their mean is the step's gradient. None only filters.
             grad: (B, m, d) the gradient to filter: that mean, perhaps clipped. None only scores and learns.
 
         Returns:
             (B, m, d) the filtered gradient; `grad` itself while nothing is projected.
         """
-        n = len(samples)
+        self.step_count += 1
         if self.cov is None:
-            self._allocate(samples[0], n)
+            if samples is None:
+                return grad
+            self._allocate(samples[0], len(samples))
         self.sums.mul_(self.sums_decay)
-        mean = samples[0] if n == 1 else samples.mean(0)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
-        energy = None
-        if n > 1 or self.previous is not None:
-            slot = self.cov.slot(n * mean.shape[1])
-            rows = slot.unflatten(1, (n, -1))
-            noise_rows(samples, mean, self.previous, out=rows)
-            energy = self._score(head, rows, mean, single=n == 1)
-            self.cov.commit(slot)
-            self._learn(n, vectors=mean.shape[1])
-        self.signal.add_step(mean, self.reference, energy)
-        beta = self.config.cov_momentum
-        self.reference.mul_(beta).add_(mean, alpha=1 - beta)
-        if n > 1:
-            self.previous = None
-        elif self.previous is None:
-            self.previous = mean.clone()
-        else:
-            self.previous.copy_(mean)
-        self.step_count += 1
+        if samples is not None:
+            self._learn(head, samples)
         return result
 
     def _allocate(self, like: torch.Tensor, n: int) -> None:
-        config, (blocks, vectors, dim) = self.config, like.shape
-        solver = EigSolver(config.eigensolver, config.epsilon, config.seed)
+        config, (blocks, vectors, width) = self.config, like.shape
         kind = {"dtype": like.dtype, "device": like.device}
         self.cov = CovEstimator(
             blocks,
-            dim,
+            self.shards.dim if self.shards else width,
             config.max_rank,
             config.update_freq,
             config.cov_momentum,
             config.shrinkage,
-            solver,
+            EigSolver(config.eigensolver, config.epsilon, config.seed, self.total),
             rows=n * vectors,
+            share=self.share,
+            width=width,
+            stored=torch.bfloat16 if config.basis_dtype == "bfloat16" else None,
             **kind,
         )
-        self.reference = torch.zeros(blocks, vectors, dim, **kind)  # running mean of raw gradients
+        self.reference = torch.zeros(blocks, vectors, width, **kind)  # running mean of raw gradients
         self.previous: torch.Tensor | None = None  # the last step's gradient, where a step has one sample
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
         width = min(config.projection_rank + 1, self.cov.rank)
@@ -139,7 +129,7 @@ class NSPO2:
         """What may be removed at most: `projection_rank`, less where the sentinel says so; half of a small block."""
         share = self.sentinel.rank_share
         asked = self.config.projection_rank
-        return min(asked if share == 1 else math.ceil(asked * share), self.cov.stack.shape[2] // 2)
+        return min(asked if share == 1 else math.ceil(asked * share), self.cov.dim // 2)
 
     @property
     def strength(self) -> float:
@@ -152,14 +142,14 @@ class NSPO2:
         """The filter that the present state gives; also counts bias, α and rank of it."""
         config, strategy = self.config, self.sentinel.strategy
         width = min(config.projection_rank + 1, self.cov.rank)
-        basis = self.cov.basis[:, :width]
-        reference = coordinates(self.reference, basis)
-        norm_squared = torch.linalg.vector_norm(self.reference, dim=(1, 2)).square()
+        basis = self.cov.basis[:, :width].to(self.reference.dtype)
+        reference = self.total(coordinates(self.reference, basis))
+        norm_squared = self._energy(self.reference)
         rank = self.rank.clamp(max=self.rank_limit)
         rank = limit_bias(strategy, rank, reference, norm_squared, config.target_bias)
         rank = rank.clamp(min=min(config.min_rank, self.rank_limit))
         taken, kept = select(strategy, rank, reference)
-        head = ProjectionHead(basis, taken, kept, gain=torch.ones_like(norm_squared))
+        head = ProjectionHead(basis, taken, kept, gain=torch.ones_like(norm_squared), total=self.total)
         lost = torch.linalg.vector_norm(head.restrict(reference), dim=(1, 2))
         alpha = trust_alpha(lost * self.strength, norm_squared.sqrt(), config.trust_radius)
         head.gain = alpha * self.strength
@@ -170,35 +160,63 @@ class NSPO2:
         self.sums[2:] += torch.stack([dot, norm_squared, filtered, alpha, rank.to(alpha.dtype), size]).sum(1)
         return head
 
+    def _energy(self, part: torch.Tensor) -> torch.Tensor:
+        """(B,) Σ of the squares of `part` (B, …), over all columns."""
+        return self.total(torch.linalg.vector_norm(part.flatten(1), dim=1).square())
+
     # ---- what is measured and learned ----
+
+    def _learn(self, head: ProjectionHead | None, samples: torch.Tensor) -> None:
+        """Score the noise rows of `samples` (n, B, m, d) with the filter that was in force, then learn from them."""
+        n, vectors = len(samples), samples.shape[2]
+        mean = samples[0] if n == 1 else samples.mean(0)
+        passed, self.learned_at = self.step_count - self.learned_at, self.step_count
+        energy = None
+        if n > 1 or self.previous is not None:
+            slot = self.cov.slot(n * vectors)
+            rows = slot.unflatten(1, (n, -1))
+            noise_rows(samples, mean, self.previous, out=rows)
+            energy = self._score(head, rows, mean, single=n == 1)
+            self.cov.commit(slot, energy, passed if n > 1 else 1)
+            if self.cov.is_due(n * vectors):
+                self._solve(n, vectors)
+        product = self.total((mean.flatten(1)[:, None] @ self.reference.flatten(1)[:, :, None])[:, 0, 0])
+        self.signal.add_step(product, energy)
+        beta = self.config.cov_momentum**passed
+        self.reference.mul_(beta).add_(mean, alpha=1 - beta)
+        if n > 1:
+            self.previous = None
+        elif self.previous is None:
+            self.previous = mean.clone()
+        else:
+            self.previous.copy_(mean)
 
     def _score(
         self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor, single: bool
     ) -> torch.Tensor:
         """Noise energy (B,) of the step; adds it, and what the filter takes of it and of the signal, to the sums."""
-        energy = torch.linalg.vector_norm(rows, dim=(1, 2, 3)).square()
+        energy = self._energy(rows)
         if head is not None:
-            inside = coordinates(rows, head.basis)
+            inside = head.coordinates(rows)
             removed = head.removed_share * torch.linalg.vector_norm(head.restrict(inside), dim=(1, 2, 3)).square()
             self.sums[:2] += torch.stack([energy, removed]).sum(1)
             self.signal.add_projected(head, mean, inside, single)
         return energy
 
-    def _learn(self, n: int, vectors: int) -> None:
+    def _solve(self, n: int, vectors: int) -> None:
+        """Merge what was learned into the basis, and find how much of it is significant."""
         config, single = self.config, n == 1
-        if not self.cov.is_due(n * vectors):
-            return
         self.signal.close_window()
         if config.projection_rank == 0:  # only measures
             self.cov.row_steps.clear()
             self.cov.solved = self.cov.step
             return
         self.cov.solve(hold_last=vectors if single else 0)
-        dim = self.cov.stack.shape[2]
-        limit = min(config.projection_rank, dim // 2)
+        limit = min(config.projection_rank, self.cov.dim // 2)
         # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
         steps = self.cov.step - single  # the newest difference is held back
-        edge = noise_edge(dim, limit, steps, config.cov_momentum, max(1, n - 1), overlapping=single)
+        rows = 1 if single else (n - 1) * self.share
+        edge = noise_edge(self.cov.dim, limit, steps, config.cov_momentum, rows, overlapping=single)
         rank = significant_rank(self.cov.eigenvalues, self.cov.trace, edge)
         self.rank = rank.clamp(min=min(config.min_rank, limit))
 
@@ -254,19 +272,18 @@ class NSPO2:
     # ---- state ----
 
     _TENSORS = ("reference", "rank", "sums")
-    _NUMBERS = ("step_count", "skipped_steps", "progress")
+    _NUMBERS = ("step_count", "learned_at", "skipped_steps", "progress", "active")
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""
-        own = {} if self._shared_sentinel else {"sentinel": self.sentinel.state_dict()}
-        if self.cov is None:
-            return own
-        state = own | {name: getattr(self, name).clone() for name in self._TENSORS}
+        state = {} if self._shared_sentinel else {"sentinel": self.sentinel.state_dict()}
         state |= {name: getattr(self, name) for name in self._NUMBERS}
+        if self.cov is None:
+            return state
+        state |= {name: getattr(self, name).clone() for name in self._TENSORS}
         if self.previous is not None:
             state["previous"] = self.previous.clone()
-        parts = {name: getattr(self, name).state_dict() for name in ("cov", "signal")}
-        return state | parts | {"active": self.active}
+        return state | {name: getattr(self, name).state_dict() for name in ("cov", "signal")}
 
     def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
         """Bring back what `state_dict` gave; a step after it equals the step that would have come without it.
@@ -280,12 +297,12 @@ class NSPO2:
         self.reset()
         if "sentinel" in state:
             self.sentinel.load_state_dict(state["sentinel"])
+        for name in self._NUMBERS:
+            setattr(self, name, state[name])
         if "cov" not in state:
             return
         self._allocate(state["reference"].to(device or state["reference"].device), n=1)
         self.cov.load_state_dict(state["cov"])
         self.signal.load_state_dict(state["signal"])
         load_tensors(self, self._TENSORS, state)
-        for name in (*self._NUMBERS, "active"):
-            setattr(self, name, state[name])
         self.previous = state["previous"].to(self.reference, copy=True) if "previous" in state else None

@@ -31,18 +31,21 @@ def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor
 class CovEstimator:
     """Σ_t decayᵃᵍᵉ rows_tᵀ rows_t in low rank: new rows wait in a buffer, `solve` merges them into the sketch.
 
-    Memory: (rank + buffered rows) x dim floats a block; no dim x dim matrix exists. The buffer holds the rows of at
-    most `update_freq` steps and at most about `2 rank` rows: with many micro-batches a step it is merged earlier.
+    Memory: (rank + buffered rows) x dim entries a block; no dim x dim matrix exists. The buffer holds the rows of at
+    most `update_freq` steps and at most about `2 rank` rows: with many rows a step it is merged earlier.
 
     Args:
         num_blocks: B, blocks that share a shape.
-        dim: d, entries of a row.
+        dim: d, entries of a row, over all ranks.
         rank: directions tracked.
         update_freq: steps between two merges.
         decay: weight of the past a step.
         shrinkage: share by which eigenvalues are pulled to their mean when they are read.
         solver: the [`EigSolver`].
-        rows: noise rows that a step will bring.
+        rows: noise rows that a step will bring, if it brings any.
+        share: share of the steps that bring some.
+        width: columns that this rank has of the `dim`; all of them if left out.
+        dtype: of what comes out; `stored` of the directions and rows that are kept, the same if left out.
     """
 
     def __init__(
@@ -55,19 +58,18 @@ class CovEstimator:
         shrinkage: float,
         solver: EigSolver,
         rows: int = 1,
+        share: float = 1.0,
+        width: int | None = None,
         dtype: torch.dtype = torch.float32,
+        stored: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.rank, self.update_freq, self.decay, self.shrinkage, self.solver = (
-            min(rank, dim),
-            update_freq,
-            decay,
-            shrinkage,
-            solver,
-        )
-        # the room for the first steps is taken at once: growing later would need both for a moment
-        room = self.rank + self._steps_a_merge(rows) * rows + 1
-        self.stack = torch.zeros(num_blocks, room, dim, dtype=dtype, device=device)
+        self.dim, self.rank = dim, min(rank, dim)
+        self.update_freq, self.decay, self.shrinkage, self.solver = update_freq, decay, shrinkage, solver
+        self.total, self.dtype = solver.total, dtype
+        self.share = share
+        room = self._room(rows)
+        self.stack = torch.zeros(num_blocks, room, width or dim, dtype=stored or dtype, device=device)
         self.values = torch.zeros(num_blocks, self.rank, dtype=dtype, device=device)  # before shrinkage
         self.trace = torch.zeros(num_blocks, dtype=dtype, device=device)  # of all rows but those held back
         self.running_trace = self.trace  # of all rows
@@ -84,35 +86,50 @@ class CovEstimator:
     @property
     def eigenvalues(self) -> torch.Tensor:
         """(B, rank): variances along `basis`, shrunk towards the mean over all dimensions; 0 for zero rows."""
-        mean = self.trace[:, None] / self.stack.shape[2]
+        mean = self.trace[:, None] / self.dim
         shrunk = (1 - self.shrinkage) * self.values + self.shrinkage * mean
         return torch.where(self.values > 0, shrunk, 0.0)
 
     def slot(self, count: int) -> torch.Tensor:
-        """(B, count, d): where a step's noise rows are to be written, before `commit`."""
+        """(B, count, width): where a step's noise rows are to be written, before `commit`.
+
+        They stand in the buffer itself, or beside it where that is of lower precision.
+        """
         start = self.rank + len(self.row_steps)
         if start + count > self.stack.shape[1]:
-            self._resize(max(start + count, self.rank + self._steps_a_merge(count) * count + 1))
-        return self.stack[:, start : start + count]
+            self._resize(max(start + count, self._room(count)))
+        place = self.stack[:, start : start + count]
+        return place if place.dtype == self.dtype else torch.empty_like(place, dtype=self.dtype)
+
+    def _room(self, count: int) -> int:
+        """Rows of the stack up to the next merge; taken at once, since growing needs both for a moment."""
+        wanted = math.ceil(self.update_freq * self.share) * count + 1
+        return self.rank + max(count + 1, min(wanted, 2 * self.rank))
 
     def _resize(self, rows: int) -> None:
         grown = self.stack.new_zeros(self.stack.shape[0], rows, self.stack.shape[2])
         grown[:, : self.stack.shape[1]] = self.stack
         self.stack = grown
 
-    def commit(self, rows: torch.Tensor) -> None:
-        """Keep `rows` (B, r, d), which stand in the `slot`, for the next merge."""
-        self.trace_before = self.running_trace
-        self.running_trace = self.running_trace * self.decay + torch.linalg.vector_norm(rows, dim=(1, 2)).square()
+    def commit(self, rows: torch.Tensor, energy: torch.Tensor, steps: int = 1) -> None:
+        """Keep what was written into the `slot` for the next merge.
+
+        Args:
+            rows: (B, r, width) the slot. energy: (B,) Σ of their squares over all ranks.
+            steps: how many steps passed since the last commit.
+        """
+        start = self.rank + len(self.row_steps)
+        if rows.dtype != self.stack.dtype:
+            self.stack[:, start : start + rows.shape[1]] = rows
+        self.trace_before = self.running_trace * self.decay ** (steps - 1)
+        self.running_trace = self.running_trace * self.decay**steps + energy
+        self.step += steps
         self.row_steps += [self.step] * rows.shape[1]
-        self.step += 1
 
     def is_due(self, count: int) -> bool:
-        """Whether to merge now, where a step brings `count` rows."""
-        return self.step - self.solved >= self._steps_a_merge(count)
-
-    def _steps_a_merge(self, count: int) -> int:
-        return max(1, min(self.update_freq, 2 * self.rank // count))
+        """Whether to merge now: `update_freq` steps have passed, or the next `count` rows would be too many."""
+        full = len(self.row_steps) + count > 2 * self.rank
+        return self.step - self.solved >= self.update_freq or full
 
     def solve(self, hold_last: int = 0) -> None:
         """Merge the buffered rows into the sketch and re-solve: eigenvectors of decayᵃᵍᵉ K Λ Kᵀ + Σ decayᵃᵍᵉ rows.
@@ -132,7 +149,13 @@ class CovEstimator:
         past = self.values * self.decay ** (now - self.sketch_step)
         ages = torch.tensor([now - step for step in self.row_steps[:used]], dtype=past.dtype, device=past.device)
         weights = torch.cat([past.sqrt(), (self.decay ** (ages / 2)).expand(len(past), -1)], dim=1)
-        self.values = self.solver.solve_(self.stack[:, :end], weights, self.rank, orthonormal=self.rank)
+        stack = self.stack[:, :end]
+        if stack.dtype == self.dtype:
+            self.values = self.solver.solve_(stack, weights, self.rank, orthonormal=self.rank)
+        else:  # rounded directions are not quite orthonormal any more
+            work = stack.to(self.dtype)
+            self.values = self.solver.solve_(work, weights, self.rank)
+            stack[:, : self.rank] = work[:, : self.rank]
         self.stack[:, self.rank : self.rank + hold_last] = held
         self.row_steps = self.row_steps[used:]
         self.sketch_step = now

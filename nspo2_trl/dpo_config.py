@@ -75,6 +75,13 @@ class NSPO2Arguments:
     nspo2_eigensolver: str = field(
         default="gram", metadata={"help": "`gram` (sample space), `exact` (small blocks only) or `randomized`."}
     )
+    nspo2_basis_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "`bfloat16` keeps the noise directions and the buffered samples in half the memory; the maths "
+            "stays in float32."
+        },
+    )
     nspo2_strength: float = field(
         default=1.0, metadata={"help": "Share of the component in the noise directions that is removed."}
     )

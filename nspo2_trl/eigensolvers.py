@@ -6,7 +6,11 @@ sample space (N x N) and never form a d x d matrix; `exact` does, and is there f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+Total = Callable[[torch.Tensor], torch.Tensor]  # sums over the ranks that share the columns of a block
 
 EXACT_MAX_DIM = 4096
 _CHUNK = 1 << 13  # columns recombined at a time, so that no second copy of the rows is needed
@@ -39,7 +43,12 @@ def _recombine_(stack: torch.Tensor, coefficients: torch.Tensor) -> None:
         columns[:, :k] = coefficients @ columns
 
 
-def _orthonormalize_(basis: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def same(part: torch.Tensor) -> torch.Tensor:
+    """The [`Total`] of one process that has all columns."""
+    return part
+
+
+def _orthonormalize_(basis: torch.Tensor, keep: torch.Tensor, total: Total) -> torch.Tensor:
     """One Cholesky pass that brings nearly orthonormal rows to working precision, in place.
 
     Args:
@@ -49,7 +58,7 @@ def _orthonormalize_(basis: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, k) bool: the directions that are orthonormal now; the others are zero.
     """
-    gram = basis @ basis.mT
+    gram = total(basis @ basis.mT)
     gram = gram + torch.diag_embed((~keep).to(gram.dtype))
     factor, info = torch.linalg.cholesky_ex(gram)
     fine = info == 0
@@ -61,7 +70,7 @@ def _orthonormalize_(basis: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return keep
 
 
-def _from_left(stack, weights, values, left, k, epsilon) -> torch.Tensor:
+def _from_left(stack, weights, values, left, k, epsilon, total) -> torch.Tensor:
     """Write the top-k right singular vectors that belong to `left` into `stack[:, :k]`; returns eigenvalues (B, k).
 
     Args:
@@ -73,25 +82,41 @@ def _from_left(stack, weights, values, left, k, epsilon) -> torch.Tensor:
     values = torch.where(keep, values, 0.0)
     inverse_root = torch.where(keep, torch.where(keep, values, 1.0).rsqrt(), 0.0)
     _recombine_(stack, (left.mT * weights[:, None, :]) * inverse_root[:, :, None])
-    keep = _orthonormalize_(stack[:, :k], keep)
+    keep = _orthonormalize_(stack[:, :k], keep, total)
     return torch.where(keep, values, 0.0)
 
 
-def solve_gram(
-    stack: torch.Tensor, weights: torch.Tensor, k: int, epsilon: float, seed: int = 0, orthonormal: int = 0
-) -> torch.Tensor:
-    """Eigenvectors through the N x N Gram matrix of the weighted rows (the method of snapshots, Sirovich 1987)."""
-    right = stack @ stack[:, orthonormal:].mT  # (B, N, N - orthonormal); the rest of the matrix is known
+def _gram(stack: torch.Tensor, weights: torch.Tensor, orthonormal: int, total: Total) -> torch.Tensor:
+    """(B, N, N) inner products of the weighted rows."""
+    right = total(stack @ stack[:, orthonormal:].mT)  # (B, N, N - orthonormal); the rest of the matrix is known
     left = right.new_zeros(*right.shape[:2], orthonormal)
     left[:, :orthonormal] = torch.eye(orthonormal, dtype=left.dtype, device=left.device)
     left[:, orthonormal:] = right[:, :orthonormal].mT
-    gram = torch.cat([left, right], 2) * weights[:, :, None] * weights[:, None, :]
-    values, vectors = _eigh(gram)
-    return _from_left(stack, weights, values, vectors, k, epsilon)
+    return torch.cat([left, right], 2) * weights[:, :, None] * weights[:, None, :]
+
+
+def solve_gram(
+    stack: torch.Tensor,
+    weights: torch.Tensor,
+    k: int,
+    epsilon: float,
+    seed: int = 0,
+    orthonormal: int = 0,
+    total: Total = same,
+) -> torch.Tensor:
+    """Eigenvectors through the N x N Gram matrix of the weighted rows (the method of snapshots, Sirovich 1987)."""
+    values, vectors = _eigh(_gram(stack, weights, orthonormal, total))
+    return _from_left(stack, weights, values, vectors, k, epsilon, total)
 
 
 def solve_randomized(
-    stack: torch.Tensor, weights: torch.Tensor, k: int, epsilon: float, seed: int = 0, orthonormal: int = 0
+    stack: torch.Tensor,
+    weights: torch.Tensor,
+    k: int,
+    epsilon: float,
+    seed: int = 0,
+    orthonormal: int = 0,
+    total: Total = same,
 ) -> torch.Tensor:
     """Randomized subspace iteration with 8 more directions than asked for (Halko, Martinsson, Tropp 2011, alg. 4.4).
 
@@ -102,12 +127,11 @@ def solve_randomized(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     probe = torch.randn(n, q, generator=generator, dtype=torch.float64).to(stack)
     left = probe.expand(blocks, n, q)
-    weighted = stack * weights[:, :, None]
+    gram = _gram(stack, weights, orthonormal, total)
     for _ in range(3):
-        left = torch.linalg.qr(weighted @ (weighted.mT @ left)).Q
-    small = left.mT @ weighted
-    values, rotation = _eigh(small @ small.mT)
-    return _from_left(stack, weights, values, left @ rotation, k, epsilon)
+        left = torch.linalg.qr(gram @ left).Q
+    values, rotation = _eigh(left.mT @ gram @ left)
+    return _from_left(stack, weights, values, left @ rotation, k, epsilon, total)
 
 
 def check_exact(dim: int) -> None:
@@ -120,7 +144,13 @@ def check_exact(dim: int) -> None:
 
 
 def solve_exact(
-    stack: torch.Tensor, weights: torch.Tensor, k: int, epsilon: float, seed: int = 0, orthonormal: int = 0
+    stack: torch.Tensor,
+    weights: torch.Tensor,
+    k: int,
+    epsilon: float,
+    seed: int = 0,
+    orthonormal: int = 0,
+    total: Total = same,
 ) -> torch.Tensor:
     """Eigenvectors of the d x d covariance itself, for d up to `EXACT_MAX_DIM`.
 
@@ -145,12 +175,13 @@ class EigSolver:
         method: `"gram"`, `"exact"` or `"randomized"`.
         epsilon: eigenvalues below this share of the largest one count as zero.
         seed: seed of the randomized method.
+        total: sums over the ranks that share the columns of a block.
     """
 
     _METHODS = {"gram": solve_gram, "exact": solve_exact, "randomized": solve_randomized}
 
-    def __init__(self, method: str = "gram", epsilon: float = 1e-6, seed: int = 42):
-        self.method, self.epsilon, self.seed = method, epsilon, seed
+    def __init__(self, method: str = "gram", epsilon: float = 1e-6, seed: int = 42, total: Total = same):
+        self.method, self.epsilon, self.seed, self.total = method, epsilon, seed, total
 
     def solve_(self, stack: torch.Tensor, weights: torch.Tensor, k: int, orthonormal: int = 0) -> torch.Tensor:
         """Write the top-k eigenvectors of Σ_i w_i² x_i x_iᵀ into the first k rows of `stack`.
@@ -164,4 +195,4 @@ class EigSolver:
         Returns:
             (B, k) eigenvalues, largest first, 0 for the zero rows.
         """
-        return self._METHODS[self.method](stack, weights, k, self.epsilon, self.seed, orthonormal)
+        return self._METHODS[self.method](stack, weights, k, self.epsilon, self.seed, orthonormal, self.total)

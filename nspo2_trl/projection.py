@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .eigensolvers import Total, same
+
 
 def coordinates(grad: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """`grad` (B, …, d) in the directions of `basis` (B, k, d): (B, …, k)."""
@@ -39,12 +41,18 @@ class ProjectionHead:
         taken: (B, k) 1 for the directions that may be removed, 0 for the others.
         kept: (B, m, k) unit coordinates of the direction that stays in; zero where nothing is kept.
         gain: (B,) share of the component that is removed: trust-region α times strength.
+        total: sums over the ranks that share the columns of a block.
     """
 
     basis: torch.Tensor
     taken: torch.Tensor
     kept: torch.Tensor
     gain: torch.Tensor
+    total: Total = same
+
+    def coordinates(self, grad: torch.Tensor) -> torch.Tensor:
+        """`grad` (B, …, d) in K, over all columns: (B, …, k)."""
+        return self.total(coordinates(grad, self.basis))
 
     def restrict(self, coords: torch.Tensor) -> torch.Tensor:
         """Coordinates in K projected onto K', see [`restrict`]."""
@@ -52,7 +60,7 @@ class ProjectionHead:
 
     def apply(self, grad: torch.Tensor) -> torch.Tensor:
         """F g for `grad` (B, m, d); a new tensor."""
-        removed = self.restrict(coordinates(grad, self.basis)) * self.gain[:, None, None]
+        removed = self.restrict(self.coordinates(grad)) * self.gain[:, None, None]
         return torch.baddbmm(grad, removed, self.basis, alpha=-1)
 
     @property

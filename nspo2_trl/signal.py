@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .projection import ProjectionHead, coordinates, restrict
+from .projection import ProjectionHead, restrict
 from .state import load_tensors
 
 HISTORY = 512  # steps over which signal and noise are pooled
@@ -34,14 +34,13 @@ class SignalEstimate:
         self.windows = torch.zeros(WINDOWS, blocks, **kind)  # a window: energy of E g that the filter removes
         self.steps = self.window_steps = self.window_single = self.window_count = 0
 
-    def add_step(self, mean: torch.Tensor, reference: torch.Tensor, energy: torch.Tensor | None) -> None:
+    def add_step(self, product: torch.Tensor, energy: torch.Tensor | None) -> None:
         """Count a step.
 
         Args:
-            mean: (B, m, d) the step's gradient. reference: (B, m, d) running mean of earlier ones.
+            product: (B,) inner product of the step's gradient with the running mean of earlier ones.
             energy: (B,) energy of the step's noise rows, None where it has none.
         """
-        product = (mean.flatten(1)[:, None] @ reference.flatten(1)[:, :, None])[:, 0, 0]
         energy = torch.zeros_like(product) if energy is None else energy
         self.history[self.steps % HISTORY] = torch.stack([product, energy])
         self.steps += 1
@@ -55,7 +54,7 @@ class SignalEstimate:
         """
         if self.window_steps == 0:
             self.taken, self.kept = head.taken, head.kept
-        coords = coordinates(mean, head.basis)
+        coords = head.coordinates(mean)
         own = restrict(coords[:, None] if single else rows, self.taken, self.kept)
         self.coords += coords
         self.own += torch.stack([torch.linalg.vector_norm(own, dim=(1, 2, 3)).square(), head.removed_share])

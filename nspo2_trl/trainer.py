@@ -1,8 +1,8 @@
 """NSPO2DPOTrainer: TRL's DPOTrainer with the gradient of every step filtered by NSPO2.
 
 The data flow of one step: each micro-batch's backward pass leaves its gradient with the [`SampleCollector`]; when the
-last one is done and the gradient is clipped, `_nspo2_begin_step` gathers the samples over ranks, and [`BlockGroups`]
-scores them, filters the gradient in place and learns; then the optimizer steps as ever. With
+last one is done and the gradient is clipped, `_nspo2_begin_step` hands each rank its columns of the samples of all,
+and [`BlockGroups`] scores them, filters the gradient in place and learns; then the optimizer steps as ever. With
 `nspo2_apply_to="update"` the filtering is done in `_nspo2_end_step`, on what the optimizer changed.
 """
 
@@ -13,16 +13,17 @@ import os
 from pickle import UnpicklingError
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .adapters import lora_blocks
-from .block_groups import BlockGroups, any_bad
+from .block_groups import BlockGroups, any_bad, entries
 from .blocks import params_outside
 from .dpo_config import NSPO2DPOConfig
-from .samples import SampleCollector
+from .samples import SampleCollector, sample_share
 from .timing import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class _StepCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._nspo2_follow()
         self.trainer.nspo2_samples.attach()
 
     def on_substep_end(self, args, state, control, **kwargs):
@@ -71,26 +73,42 @@ class NSPO2Mixin:
         if not self.args.nspo2_enabled:
             return
         _refuse_unsupported(self.accelerator)
-        blocks = lora_blocks(self.model)
-        self.nspo2 = BlockGroups(blocks, self.args.nspo2_config())
-        self._nspo2_others = [p for p in params_outside(blocks, self.model.parameters()) if p.requires_grad]
         self.nspo2_time = Stopwatch(self.accelerator.device)
-        self.nspo2_samples = SampleCollector(self.nspo2, self.accelerator, self.nspo2_time)
         self._nspo2_steps_timed = 0
+        self._nspo2_start()
         self.add_callback(_StepCallback(self))
+
+    def _nspo2_follow(self) -> None:
+        """FSDP2 puts sharded parameters in the place of those that the trainer was made with: work on these."""
+        if self.is_fsdp_enabled and not self.nspo2.holds(self.model.parameters()):
+            self._nspo2_start()
+
+    def _nspo2_start(self) -> None:
+        """A noise estimate that knows nothing yet, of the parameters as they are now."""
+        blocks = lora_blocks(self.model)
+        self._nspo2_others = [p for p in params_outside(blocks, self.model.parameters()) if p.requires_grad]
+        micro_batches = self.args.gradient_accumulation_steps
+        self.nspo2 = BlockGroups(
+            blocks,
+            self.args.nspo2_config(),
+            ranks=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+            share=sample_share(micro_batches * self.accelerator.num_processes),
+        )
+        self.nspo2_samples = SampleCollector(self.nspo2, self.model, self.accelerator, micro_batches, self.nspo2_time)
 
     def _nspo2_begin_step(self) -> None:
         """The gradient is complete, the optimizer about to step: filter it, and learn from the step's samples."""
+        self.nspo2_samples.check()
         with self.nspo2_time:
             if self.state.max_steps > 0:
                 self.nspo2.set_progress(self.state.global_step / self.state.max_steps)
             others = [p.grad for p in self._nspo2_others if p.grad is not None]
-            fine = self.nspo2.begin_step(self.nspo2_samples.collect(), others)
+            fine = self.nspo2.begin_step(self.nspo2_samples.collect, [entries(grad) for grad in others])
         # A gradient that would ruin the weights is dropped; but at rank 0 a run is plain TRL to the bit, and under
         # fp16 the loss scaler skips the step itself.
         if fine or self.args.nspo2_projection_rank == 0 or self.accelerator.scaler is not None:
             return
-        if any_bad(p.grad for p in self.model.parameters()):
+        if any_bad((p.grad for p in self.model.parameters()), self.nspo2.total):
             self.optimizer.zero_grad(set_to_none=True)
 
     def _nspo2_end_step(self) -> None:
@@ -114,19 +132,23 @@ class NSPO2Mixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.nspo2 is not None and self.args.should_save:
-            torch.save(self.nspo2.state_dict(), os.path.join(output_dir, NSPO2_STATE_NAME))
+        if self.nspo2 is None:
+            return
+        state = self.nspo2.state_dict()  # every rank has a part of it
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, NSPO2_STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.nspo2 is None or checkpoint is None:
             return
+        self._nspo2_follow()
         path = os.path.join(checkpoint, NSPO2_STATE_NAME)
         try:
             self.nspo2.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = "it is not there" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-            self.nspo2 = self.nspo2_samples.groups = BlockGroups(lora_blocks(self.model), self.args.nspo2_config())
+            self._nspo2_start()
             logger.warning(
                 "The NSPO2 state `%s` could not be used (%s): the noise estimate starts anew, the rest of the "
                 "checkpoint is restored.",
@@ -143,9 +165,12 @@ def _refuse_unsupported(accelerator) -> None:
             "NSPO2 does not support DeepSpeed: its engine steps inside `backward`, before the gradient of the whole "
             f"step can be filtered. {use}"
         )
-    if kind == DistributedType.FSDP:
-        raise ValueError(f"NSPO2 does not support FSDP yet: gradients exist only as shards there. {use}")
-    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "NSPO2 does not support FSDP1, which flattens parameters together: set `fsdp_version: 2` in the "
+            f"Accelerate config. {use}"
+        )
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP):
         raise ValueError(f"NSPO2 does not support the distributed type {kind.value}. {use}")
     plan = accelerator.parallelism_config
     if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):

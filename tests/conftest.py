@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 torch.set_num_threads(1)  # for models this small a second thread only costs time
 
 ROOT = Path(__file__).parent.parent

@@ -40,7 +40,7 @@ def stream(steps, n, blocks, dim, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-8)])
 def test_agrees_with_the_slow_reference(strategy, n, dtype, tolerance):
     blocks, dim = 3, 24
-    engine = NSPO2(config(strategy=strategy), num_blocks=blocks, recent=False)
+    engine = NSPO2(config(strategy=strategy), recent=False)
     slow = [Reference(dim, strategy) for _ in range(blocks)]
     for samples in stream(15, n, blocks, dim, dtype=dtype):
         got = engine.step(samples, samples.mean(0))
@@ -86,7 +86,7 @@ def test_factored_is_the_reference_with_every_row_a_sample():
 @settings(max_examples=60, deadline=None)
 def test_invariants_of_the_filter(seed, strategy, n, vectors, dim, radius, target):
     torch.manual_seed(seed)
-    engine = NSPO2(config(strategy=strategy, trust_radius=radius, target_bias=target, min_rank=0), num_blocks=2)
+    engine = NSPO2(config(strategy=strategy, trust_radius=radius, target_bias=target, min_rank=0))
     for _ in range(7):
         samples = torch.randn(n, 2, vectors, dim) * torch.logspace(1, -1, dim) + 0.3
         grad = samples.mean(0)
@@ -139,8 +139,8 @@ def test_white_noise_promises_nothing(n):
     """Invariant 6: scored on unseen rows, a basis fitted on white noise removes rank/d and no more."""
     torch.manual_seed(0)
     dim = 400
-    fixed = NSPO2(config(strategy="noise", min_rank=4, update_freq=5, cov_momentum=0.97, trust_radius=1e9), 8)
-    free = NSPO2(config(strategy="noise", min_rank=0, update_freq=5, cov_momentum=0.97), 8)
+    fixed = NSPO2(config(strategy="noise", min_rank=4, update_freq=5, cov_momentum=0.97, trust_radius=1e9))
+    free = NSPO2(config(strategy="noise", min_rank=0, update_freq=5, cov_momentum=0.97))
     for _ in range(50):
         samples = torch.randn(n, 8, 1, dim)
         for engine in (fixed, free):
@@ -153,7 +153,7 @@ def test_white_noise_promises_nothing(n):
 def test_white_noise_is_not_significant_at_the_first_solve_either(update_freq):
     """With one sample a step the newest difference is held back, so that one step fewer was learned from."""
     torch.manual_seed(0)
-    engine = NSPO2(config(min_rank=0, update_freq=update_freq, cov_momentum=0.97), 100)
+    engine = NSPO2(config(min_rank=0, update_freq=update_freq, cov_momentum=0.97))
     for _ in range(update_freq + 2):
         samples = torch.randn(1, 100, 1, 200)
         engine.step(samples, samples[0])
@@ -212,8 +212,8 @@ def test_strength_removes_its_share():
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stop", [3, 4, 7])
 def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, n, stop):
-    whole, first = NSPO2(config(), 2), NSPO2(config(), 2)
-    second = NSPO2(config(), 2)
+    whole, first = NSPO2(config()), NSPO2(config())
+    second = NSPO2(config())
     for step, samples in enumerate(stream(14, n, 2, 20)):
         if step == stop:
             torch.save(first.state_dict(), tmp_path / "state.pt")
@@ -226,7 +226,7 @@ def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, n, stop):
 
 
 def test_a_state_of_other_blocks_is_refused():
-    small, large = NSPO2(config(), 1), NSPO2(config(projection_rank=6, min_rank=6), 1)
+    small, large = NSPO2(config()), NSPO2(config(projection_rank=6, min_rank=6))
     for samples in stream(4, 2, 1, 20):
         small.step(samples, samples.mean(0))
     with pytest.raises(ValueError, match="this run needs"):
@@ -310,7 +310,7 @@ def test_hook_keeps_its_own_copy_of_the_sample():
 def test_min_rank_is_bounded_by_rank_and_block_and_removes_no_whole_gradient():
     torch.manual_seed(0)
     for options, dim, most in (({"projection_rank": 4, "min_rank": 8}, 40, 4), ({"min_rank": 4}, 4, 2)):
-        engine = NSPO2(config(strategy="noise", trust_radius=1e9, **options), 3)
+        engine = NSPO2(config(strategy="noise", trust_radius=1e9, **options))
         for _ in range(12):
             samples = torch.randn(3, 3, 1, dim)
             result = engine.step(samples, samples.mean(0))
@@ -334,7 +334,7 @@ def test_steps_of_one_sample_among_others_do_not_bias_the_noise_scale():
 def test_factored_rows_of_one_sample_are_not_independent():
     """Noise white over d whose m rows are the same up to a factor: m times the rows, but no more evidence."""
     torch.manual_seed(0)
-    engine = NSPO2(config(min_rank=0, projection_rank=16, cov_momentum=0.97), 4)
+    engine = NSPO2(config(min_rank=0, projection_rank=16, cov_momentum=0.97))
     for _ in range(50):
         factors = torch.nn.functional.normalize(torch.randn(4, 4, 8, 1), dim=2)
         samples = factors * torch.randn(4, 4, 1, 300)

@@ -225,9 +225,12 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, capsys, mon
 
 
 def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
-    def interrupt(trainer, *args, **kwargs):
+    end_step = NSPO2DPOTrainer._nspo2_end_step
+
+    def interrupt(trainer):
         if trainer.state.global_step == 3:
             raise KeyboardInterrupt
+        end_step(trainer)
 
     monkeypatch.setattr(NSPO2DPOTrainer, "_nspo2_end_step", interrupt)
     with pytest.raises(SystemExit) as stopped:

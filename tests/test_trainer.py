@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from nspo2_trl import NSPO2, NSPO2DPOConfig, NSPO2DPOTrainer
 from nspo2_trl.adapters import lora_blocks
+from nspo2_trl.samples import sample_share
 from nspo2_trl.trainer import NSPO2_STATE_NAME, _refuse_unsupported
 
 # ---- equality with DPOTrainer (invariant 1) ----
@@ -71,14 +72,14 @@ def test_equals_a_loop_by_hand(make_trainer, accumulation, covariance):
     trainer.train()
 
     blocks = lora_blocks(by_hand.model)
-    if covariance == "factored":
-        engines = [[NSPO2(by_hand.args.nspo2_config()) for _ in block.params] for block in blocks]
-    else:
-        engines = [NSPO2(by_hand.args.nspo2_config()) for _ in blocks]
+    share = sample_share(accumulation)
+    make_engine = lambda: NSPO2(by_hand.args.nspo2_config(), share=share)  # noqa: E731
+    engines = [[make_engine() for _ in b.params] if covariance == "factored" else make_engine() for b in blocks]
     params = [p for block in blocks for p in block.params]
     batches = iter(by_hand.get_train_dataloader())
     by_hand.model.train()
-    for _ in range(6):
+    for step in range(6):
+        learns = int((step + 1) * share) > int(step * share)
         samples = []
         for _ in range(accumulation):
             loss = by_hand.compute_loss(by_hand.model, by_hand._prepare_inputs(next(batches)))
@@ -93,11 +94,11 @@ def test_equals_a_loop_by_hand(make_trainer, accumulation, covariance):
                 for part, p, g, e in zip(range(len(block.params)), block.params, mean[mine], engine):
                     turn = (lambda x: x.T) if p.shape[0] > p.shape[1] else (lambda x: x)
                     stack = torch.stack([turn(s[mine][part]) for s in samples])[:, None]
-                    filtered.append(turn(e.step(stack, turn(g * clip)[None])[0]))
+                    filtered.append(turn(e.step(stack if learns else None, turn(g * clip)[None])[0]))
                 continue
             stack = torch.stack([torch.cat([g.flatten() for g in s[mine]]) for s in samples])[:, None, None]
             grad = torch.cat([g.flatten() for g in mean[mine]])[None, None] * clip
-            split = engine.step(stack, grad)[0, 0].split([p.numel() for p in block.params])
+            split = engine.step(stack if learns else None, grad)[0, 0].split([p.numel() for p in block.params])
             filtered += [g.view_as(p) for g, p in zip(split, block.params)]
         with torch.no_grad():
             for p, g in zip(params, filtered):
@@ -199,7 +200,7 @@ def test_anneal_ends_the_projection_after_its_share_of_training(make_trainer):
 
 
 def test_auto_moves_to_a_bolder_strategy_while_all_is_calm(make_trainer):
-    trainer = make_trainer(nspo2_strategy="auto", max_steps=6)
+    trainer = make_trainer(nspo2_strategy="auto", max_steps=12)
     assert trainer.nspo2.sentinel.strategy == "keep"
     trainer.train()
     assert trainer.nspo2.sentinel.strategy in ("hybrid", "noise")
@@ -256,8 +257,8 @@ def test_sentinel_reads_eval_loss_and_its_state_survives(make_trainer, pairs, tm
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 def test_optimizers(make_trainer, optim):
-    off = make_trainer(optim=optim, nspo2_enabled=False, max_steps=4)
-    on = make_trainer(optim=optim, max_steps=4)
+    off = make_trainer(optim=optim, nspo2_enabled=False, max_steps=6)
+    on = make_trainer(optim=optim, max_steps=6)
     off.train()
     on.train()
     assert losses(on)[:3] == losses(off)[:3]
@@ -359,15 +360,16 @@ def test_trains_twice_and_leaves_no_hooks(make_trainer):
 
 
 def watch_samples(trainer) -> list:
-    """For each step the mean of the samples and the gradient, of the first group."""
-    seen, begin = [], trainer.nspo2.begin_step
+    """For each step the mean of the samples and the gradient, of the first group; learns from every step."""
+    seen, collect = [], trainer.nspo2_samples.collect
+    trainer.nspo2.share = 1.0
 
-    def watch(samples, others):
-        trainer.nspo2.groups[0].read_grads()
+    def watch():
+        samples = collect()
         seen.append((samples[0].mean(0), trainer.nspo2.groups[0].grad.clone(), len(samples[0])))
-        return begin(samples, others)
+        return samples
 
-    trainer.nspo2.begin_step = watch
+    trainer.nspo2_samples.collect = watch
     return seen
 
 
@@ -466,10 +468,17 @@ def test_unusable_data_is_refused(make_trainer, rows, message):
         make_trainer(trainer={"train_dataset": Dataset.from_dict(rows)})
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
-def test_unsupported_launches_are_refused(kind):
-    with pytest.raises(ValueError, match="NSPO2 does not support .*accelerate launch --multi_gpu"):
-        _refuse_unsupported(SimpleNamespace(distributed_type=kind))
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (DistributedType.DEEPSPEED, "DeepSpeed"),
+        (DistributedType.FSDP, "FSDP1"),
+        (DistributedType.MEGATRON_LM, "MEGATRON"),
+    ],
+)
+def test_unsupported_launches_are_refused(kind, words):
+    with pytest.raises(ValueError, match=f"NSPO2 does not support .*{words}.*accelerate launch --multi_gpu"):
+        _refuse_unsupported(SimpleNamespace(distributed_type=kind, is_fsdp2=False))
 
 
 def test_other_parallelism_and_mps_are_refused():

@@ -5,20 +5,71 @@ torchrun --nproc_per_node 2 tests/two_processes.py OUT '{"option": value}' [RESU
 
 import json
 import os
+import signal
 import sys
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conftest import ARGS, FAST_NSPO2, LORA, MODEL, ROOT, losses, trainable
 from datasets import load_dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def count_traffic(counts: dict) -> None:
+    """Count the entries that this rank sends through torch.distributed from now on, by kind."""
+
+    def wrap(name, sent):
+        inner = getattr(dist, name)
+
+        def counted(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + sent(*args)
+            return inner(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+    ranks = dist.get_world_size()
+    share = (ranks - 1) / ranks
+    wrap("all_reduce", lambda tensor, *_: 2 * share * tensor.numel())  # as a ring does it
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    wrap(gather, lambda out, part, *_: (ranks - 1) * part.numel())
+    wrap("all_to_all_single", lambda out, part, *_: share * part.numel())
+
+
+class Kill(TrainerCallback):
+    """SIGKILL for the last rank, after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def whole(param: torch.Tensor) -> torch.Tensor:
+    return param.full_tensor() if hasattr(param, "full_tensor") else param
+
 
 def main(out: str, options: str, resume: str | None = None) -> None:
     args = {"output_dir": out} | ARGS | {"train_sampling_strategy": "sequential"} | json.loads(options)
-    processes, nan_rank = args.pop("processes"), args.pop("nan_rank", None)
+    processes, nan_rank, kill_after = args.pop("processes"), args.pop("nan_rank", None), args.pop("kill_after", None)
+    fsdp, lora = args.pop("fsdp", False), LORA | args.pop("lora", {})
+    if fsdp:
+        os.environ.update(FSDP2)
     trainer_class, config_class = NSPO2DPOTrainer, NSPO2DPOConfig
     if args.pop("plain", False):
         trainer_class, config_class = DPOTrainer, DPOConfig
@@ -36,15 +87,32 @@ def main(out: str, options: str, resume: str | None = None) -> None:
 
     data = load_dataset(str(ROOT / "recipes/quickstart/data"), split="train[:64]")
     data = data.select_columns(["prompt", "chosen", "rejected"])
-    trainer = Run(MODEL, args=config_class(**args), train_dataset=data, peft_config=LoraConfig(**LORA))
+    config = config_class(**args)
+    if fsdp:  # Accelerate shards on accelerators only, so a CPU has to pass for one
+        config.device  # noqa: B018 (makes the state)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = Run(MODEL, args=config, train_dataset=data, peft_config=LoraConfig(**lora))
     assert trainer.accelerator.num_processes == processes, trainer.accelerator.num_processes
+    assert trainer.is_fsdp_enabled == fsdp
+    if kill_after:
+        trainer.add_callback(Kill(kill_after))
+    sent = {}
+    if processes > 1:
+        count_traffic(sent)
     trainer.train(resume_from_checkpoint=resume)
+    sent = dict(sent)
     skipped = trainer.nspo2.skipped_steps if getattr(trainer, "nspo2", None) else 0
-    mine = torch.cat([p.flatten() for p in trainable(trainer).values()])
+    params = {name: whole(p) for name, p in trainable(trainer).items()}
+    mine = torch.cat([p.flatten() for p in params.values()])
     everyone = trainer.accelerator.gather(mine[None])
     assert all(torch.equal(row, mine) for row in everyone), "the ranks hold different adapters"
+    result = {"params": params, "losses": losses(trainer), "skipped": skipped, "sent": sent, "entries": len(mine)}
+    if getattr(trainer, "nspo2", None):
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        result |= {"share": trainer.nspo2.share, "blocks": sum(len(group.names) for group in trainer.nspo2.groups)}
+        result |= {"figures": logged[-1], "active": sum(e.get("nspo2/active", 0) for e in logged) / len(logged)}
     if trainer.accelerator.is_main_process:
-        torch.save({"params": trainable(trainer), "losses": losses(trainer), "skipped": skipped}, f"{out}/result.pt")
+        torch.save(result, f"{out}/result.pt")
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # two gloo processes were seen to hang on a regular exit, with plain TRL too
