@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -79,9 +80,12 @@ class BlockGroups:
 
     @property
     def learns(self) -> bool:
-        """Whether the next step is one to learn from: `share` of them are, at even distances."""
-        step = self.parts[0].step_count
-        return int((step + 1) * self.share) > int(step * self.share)
+        """Whether the next step is one to learn from: `share` of them are, at even distances.
+
+        The second of a run is the first: before, lora_B is 0 and so are the gradients of lora_A.
+        """
+        step = self.parts[0].step_count + math.ceil(1 / self.share) - 1
+        return int(step * self.share) > int((step - 1) * self.share)
 
     @torch.no_grad()
     def begin_step(

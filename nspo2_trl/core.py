@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from .config import NSPO2Config, get_default_config
-from .covariance import CovEstimator, noise_rows
+from .covariance import CovEstimator, mixture, noise_rows
 from .eigensolvers import EigSolver, same
 from .metrics import forget_filter, published, summarize
 from .projection import ProjectionHead, coordinates
@@ -64,6 +64,7 @@ class NSPO2:
         self.active = True
         self.progress = 0.0  # share of training done, for `anneal`
         self.step_count = self.skipped_steps = self.learned_at = 0
+        self.samples = 1  # micro-batches of the newest step that was learned from
         self.cov: CovEstimator | None = None
         self._hooked: list[torch.Tensor] = []
 
@@ -88,8 +89,12 @@ class NSPO2:
         self.sums.mul_(self.sums_decay)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
-        if samples is not None:
+        if samples is None:
+            self.cov.advance()
+        else:
             self._learn(head, samples)
+        if self.cov.is_due():
+            self._solve()
         return result
 
     def _allocate(self, like: torch.Tensor, n: int) -> None:
@@ -103,7 +108,8 @@ class NSPO2:
             config.cov_momentum,
             config.shrinkage,
             EigSolver(config.eigensolver, config.epsilon, config.seed, self.total),
-            rows=n * vectors,
+            samples=n,
+            vectors=vectors,
             share=self.share,
             width=width,
             stored=torch.bfloat16 if config.basis_dtype == "bfloat16" else None,
@@ -169,17 +175,20 @@ class NSPO2:
     def _learn(self, head: ProjectionHead | None, samples: torch.Tensor) -> None:
         """Score the noise rows of `samples` (n, B, m, d) with the filter that was in force, then learn from them."""
         n, vectors = len(samples), samples.shape[2]
+        self.samples = n
         mean = samples[0] if n == 1 else samples.mean(0)
         passed, self.learned_at = self.step_count - self.learned_at, self.step_count
         energy = None
         if n > 1 or self.previous is not None:
-            slot = self.cov.slot(n * vectors)
-            rows = slot.unflatten(1, (n, -1))
+            each = self.cov.rows_a_sample(n, vectors)
+            slot = self.cov.slot(n * each)
+            kept = slot.unflatten(1, (n, each))
+            rows = kept if each == vectors else torch.empty_like(samples.transpose(0, 1))
             noise_rows(samples, mean, self.previous, out=rows)
             energy = self._score(head, rows, mean, single=n == 1)
-            self.cov.commit(slot, energy, passed if n > 1 else 1)
-            if self.cov.is_due(n * vectors):
-                self._solve(n, vectors)
+            if each < vectors:
+                torch.matmul(mixture(each, vectors, self.config.seed + self.step_count).to(rows), rows, out=kept)
+            self.cov.commit(slot, energy)
         product = self.total((mean.flatten(1)[:, None] @ self.reference.flatten(1)[:, :, None])[:, 0, 0])
         self.signal.add_step(product, energy)
         beta = self.config.cov_momentum**passed
@@ -203,19 +212,19 @@ class NSPO2:
             self.signal.add_projected(head, mean, inside, single)
         return energy
 
-    def _solve(self, n: int, vectors: int) -> None:
+    def _solve(self) -> None:
         """Merge what was learned into the basis, and find how much of it is significant."""
-        config, single = self.config, n == 1
+        config, single = self.config, self.samples == 1
         self.signal.close_window()
         if config.projection_rank == 0:  # only measures
             self.cov.row_steps.clear()
             self.cov.solved = self.cov.step
             return
-        self.cov.solve(hold_last=vectors if single else 0)
+        self.cov.solve(hold_last=self.cov.row_steps.count(self.cov.step) if single else 0)
         limit = min(config.projection_rank, self.cov.dim // 2)
         # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
         steps = self.cov.step - single  # the newest difference is held back
-        rows = 1 if single else (n - 1) * self.share
+        rows = 1 if single else (self.samples - 1) * self.share
         edge = noise_edge(self.cov.dim, limit, steps, config.cov_momentum, rows, overlapping=single)
         rank = significant_rank(self.cov.eigenvalues, self.cov.trace, edge)
         self.rank = rank.clamp(min=min(config.min_rank, limit))
@@ -272,7 +281,7 @@ class NSPO2:
     # ---- state ----
 
     _TENSORS = ("reference", "rank", "sums")
-    _NUMBERS = ("step_count", "learned_at", "skipped_steps", "progress", "active")
+    _NUMBERS = ("step_count", "learned_at", "samples", "skipped_steps", "progress", "active")
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""

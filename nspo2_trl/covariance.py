@@ -28,6 +28,12 @@ def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor
         out.div_(math.sqrt(2.0))
 
 
+def mixture(each: int, vectors: int, seed: int) -> torch.Tensor:
+    """(each, m): random rows Ω with E[ΩᵀΩ] = I, so that (Ωg)ᵀ(Ωg) is an unbiased estimate of gᵀg for any g (m, d)."""
+    probe = torch.randn(vectors, each, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(probe).Q.T * math.sqrt(vectors / each)
+
+
 class CovEstimator:
     """Σ_t decayᵃᵍᵉ rows_tᵀ rows_t in low rank: new rows wait in a buffer, `solve` merges them into the sketch.
 
@@ -42,8 +48,7 @@ class CovEstimator:
         decay: weight of the past a step.
         shrinkage: share by which eigenvalues are pulled to their mean when they are read.
         solver: the [`EigSolver`].
-        rows: noise rows that a step will bring, if it brings any.
-        share: share of the steps that bring some.
+        samples: micro-batches of a step, of `vectors` rows each. share: share of the steps that are learned from.
         width: columns that this rank has of the `dim`; all of them if left out.
         dtype: of what comes out; `stored` of the directions and rows that are kept, the same if left out.
     """
@@ -57,7 +62,8 @@ class CovEstimator:
         decay: float,
         shrinkage: float,
         solver: EigSolver,
-        rows: int = 1,
+        samples: int = 1,
+        vectors: int = 1,
         share: float = 1.0,
         width: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -68,7 +74,7 @@ class CovEstimator:
         self.update_freq, self.decay, self.shrinkage, self.solver = update_freq, decay, shrinkage, solver
         self.total, self.dtype = solver.total, dtype
         self.share = share
-        room = self._room(rows)
+        room = self._room(samples * self.rows_a_sample(samples, vectors))
         self.stack = torch.zeros(num_blocks, room, width or dim, dtype=stored or dtype, device=device)
         self.values = torch.zeros(num_blocks, self.rank, dtype=dtype, device=device)  # before shrinkage
         self.trace = torch.zeros(num_blocks, dtype=dtype, device=device)  # of all rows but those held back
@@ -89,6 +95,11 @@ class CovEstimator:
         mean = self.trace[:, None] / self.dim
         shrunk = (1 - self.shrinkage) * self.values + self.shrinkage * mean
         return torch.where(self.values > 0, shrunk, 0.0)
+
+    def rows_a_sample(self, samples: int, vectors: int) -> int:
+        """How many rows to keep of a sample's m vectors, so that `update_freq` steps' samples fit the buffer."""
+        steps = math.ceil(self.update_freq * self.share)
+        return min(vectors, max(1, 2 * self.rank // (steps * samples)))
 
     def slot(self, count: int) -> torch.Tensor:
         """(B, count, width): where a step's noise rows are to be written, before `commit`.
@@ -111,24 +122,28 @@ class CovEstimator:
         grown[:, : self.stack.shape[1]] = self.stack
         self.stack = grown
 
-    def commit(self, rows: torch.Tensor, energy: torch.Tensor, steps: int = 1) -> None:
-        """Keep what was written into the `slot` for the next merge.
+    def commit(self, rows: torch.Tensor, energy: torch.Tensor) -> None:
+        """Count a step, and keep what was written into the `slot` for the next merge.
 
         Args:
             rows: (B, r, width) the slot. energy: (B,) Σ of their squares over all ranks.
-            steps: how many steps passed since the last commit.
         """
         start = self.rank + len(self.row_steps)
         if rows.dtype != self.stack.dtype:
             self.stack[:, start : start + rows.shape[1]] = rows
-        self.trace_before = self.running_trace * self.decay ** (steps - 1)
-        self.running_trace = self.running_trace * self.decay**steps + energy
-        self.step += steps
+        self.advance()
+        self.running_trace = self.running_trace + energy
         self.row_steps += [self.step] * rows.shape[1]
 
-    def is_due(self, count: int) -> bool:
-        """Whether to merge now: `update_freq` steps have passed, or the next `count` rows would be too many."""
-        full = len(self.row_steps) + count > 2 * self.rank
+    def advance(self) -> None:
+        """Count a step; by itself, one that brings no rows."""
+        self.step += 1
+        self.trace_before, self.running_trace = self.running_trace, self.running_trace * self.decay
+
+    def is_due(self) -> bool:
+        """Whether to merge now: `update_freq` steps have passed, or as many rows as came last would be too many."""
+        newest = self.row_steps.count(self.row_steps[-1]) if self.row_steps else 0
+        full = len(self.row_steps) + newest > 2 * self.rank
         return self.step - self.solved >= self.update_freq or full
 
     def solve(self, hold_last: int = 0) -> None:

@@ -1,94 +1,110 @@
-"""What NSPO2 costs, measured in one run against the same trainer without it.
+"""What NSPO2 costs, in one run against the same trainer without it.
 
     python scripts/benchmark.py overhead --config recipes/quickstart/dpo.yaml [--steps 120] [--any_field value]
+    python scripts/benchmark.py overhead --sizes 10m 135m --lora_r 8 64 --covariance adapter factored --update_freq 10
+    python scripts/benchmark.py sizes --sizes 8b --lora_r 16
 
-`overhead`: two trainers on the same recipe, with `nspo2_enabled` true and false, take turns step by step on the same
-batches: forward and backward passes, clipping, optimizer. Printed are the median ratio of step times with its
-quartiles, and the time that NSPO2 took by its own clock.
+`overhead`: two trainers, with `nspo2_enabled` true and false, take turns step by step on the same batches: forward and
+backward passes, clipping, optimizer. With a recipe, or on randomly initialised models of the sizes of public ones. It
+gives the ratio of step times, and which part of NSPO2 takes what, by clocks inside it. With
+`torchrun --nproc_per_node 2` in place of `python` it is DDP (on a CPU add `--use_cpu true`).
+
+`sizes`: no model, only the adapters of one, with random gradients: bytes of state and scratch, time of each kind of
+step, and from the memory traffic that was counted an estimate of the time on an H100.
+
+Both print a table and write all figures to a JSON file.
 """
 
 import argparse
-import statistics
+import itertools
+import json
+import os
+import platform
 import sys
-import time
 from pathlib import Path
 
 import datasets
 import torch
+from accelerate import PartialState
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bench import overhead, sizes
 from train import build, parse
 
-WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
+
+def device_name(use_cpu: bool) -> str:
+    if torch.cuda.is_available() and not use_cpu:
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread)"
 
 
-def take_step(trainer, batches: list[dict]) -> float:
-    """Seconds of one optimizer step, as Trainer takes it, without logging and callbacks of others."""
-    synchronize = torch.cuda.synchronize if trainer.accelerator.device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for i, batch in enumerate(batches):
-        trainer.training_step(trainer.model, dict(batch))
-        if trainer.nspo2 and i + 1 < len(batches):
-            trainer.nspo2_samples.next_micro_batch()
-    if trainer.args.max_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
-    if trainer.nspo2:
-        trainer._nspo2_begin_step()
-    trainer.optimizer.step()
-    if trainer.nspo2:
-        trainer._nspo2_end_step()
-    trainer.optimizer.zero_grad()
-    synchronize()
-    return time.perf_counter() - start
+def grid(options: argparse.Namespace, names: list[str]) -> list[dict]:
+    """All combinations of the options `names`, each with a label."""
+    cells = [dict(zip(names, values)) for values in itertools.product(*(getattr(options, name) for name in names))]
+    short = {"sizes": "", "lora_r": "r", "update_freq": "every ", "projection_rank": "k", "covariance": ""}
+    for cell in cells:
+        cell["label"] = ", ".join(f"{short.get(name, '')}{value}" for name, value in cell.items())
+        cell["model"] = cell.pop("sizes")
+    return cells
 
 
-def overhead(steps: int, recipe: list[str]) -> None:
-    trainers = {}
-    for enabled in (True, False):
-        trainer = build(*parse([*recipe, "--eval_strategy", "no", "--nspo2_enabled", str(enabled)]))
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-        trainer.model.train()
-        trainers[enabled] = trainer
-    trainers[True].nspo2_samples.attach()
-    each = trainers[True].args.gradient_accumulation_steps
-    batches = [batch for batch, _ in zip(trainers[True].get_train_dataloader(), range(16 * each))]
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for step in track(range(WARM_UP + steps), description="Step by step"):
-        first = each * (step % (len(batches) // each))
-        if step == WARM_UP:
-            trainers[True].nspo2_time.take()
-        for enabled in (True, False) if step % 2 else (False, True):
-            seconds = take_step(trainers[enabled], batches[first : first + each])
-            if step >= WARM_UP:
-                times[enabled].append(seconds)
-    own = trainers[True].nspo2_time.take() / steps
-    ratios = [a / b for a, b in zip(times[True], times[False])]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    plain = statistics.median(times[False])
-    table = Table(title=f"{len(ratios)} pairs of steps, {trainers[True].accelerator.device}")
-    table.add_column("")
-    table.add_column("", justify="right")
-    table.add_row("step without NSPO2, median", f"{1000 * plain:.1f} ms")
-    table.add_row("step with NSPO2, median", f"{1000 * statistics.median(times[True]):.1f} ms")
-    table.add_row("ratio, median (quartiles)", f"{middle:.4f} ({low:.4f} to {high:.4f})")
-    table.add_row("NSPO2 by its own clock", f"{1000 * own:.1f} ms a step")
-    Console().print(table)
+def run_overhead(options: argparse.Namespace, recipe: list[str]) -> list[dict]:
+    if "--config" in recipe:
+        recipe = [*recipe, "--eval_strategy", "no"] + (["--use_cpu", "true"] if options.use_cpu else [])
+        make = lambda enabled: build(*parse([*recipe, "--nspo2_enabled", str(enabled)]))  # noqa: E731
+        return [{"label": recipe[recipe.index("--config") + 1]} | overhead.measure(make, options.steps, "recipe")]
+    if recipe:
+        raise SystemExit(f"error: unknown arguments {' '.join(recipe)}; a recipe needs `--config`.")
+    found = []
+    for cell in grid(options, ["sizes", "lora_r", "covariance", "update_freq"]):
+        make = lambda enabled, c=cell: overhead.sized_trainer(c, options.length, options.use_cpu, enabled)  # noqa: E731
+        found.append(cell | overhead.measure(make, options.steps, cell["label"]))
+    return found
+
+
+def run_sizes(options: argparse.Namespace) -> list[dict]:
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu")
+    found = []
+    for cell in grid(options, ["sizes", "lora_r", "covariance", "projection_rank", "update_freq", "basis_dtype"]):
+        cell |= sizes.measure(cell, options.micro_batches, device)
+        cell["h100"] = sizes.estimate(cell["model"], cell, cell["update_freq"])
+        found.append(cell)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["overhead"])
-    parser.add_argument("--steps", type=int, default=120, help="pairs of steps that are counted")
+    parser.add_argument("command", choices=["overhead", "sizes"])
+    parser.add_argument("--steps", type=int, default=120, help="overhead: pairs of steps that are counted")
+    parser.add_argument("--length", type=int, default=256, help="overhead: tokens of a completion")
+    parser.add_argument("--sizes", nargs="+", choices=list(overhead.SIZES), default=["10m"])
+    parser.add_argument("--lora_r", nargs="+", type=int, default=[16])
+    parser.add_argument("--covariance", nargs="+", choices=["adapter", "factored"], default=["adapter", "factored"])
+    parser.add_argument("--update_freq", nargs="+", type=int, default=[10])
+    parser.add_argument("--projection_rank", nargs="+", type=int, default=[16], help="sizes: k; 2 k are tracked")
+    parser.add_argument("--basis_dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="sizes")
+    parser.add_argument("--micro_batches", type=int, default=4, help="sizes: gradient samples a step")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--out", help="JSON file for the figures; out/COMMAND.json if left out")
     options, recipe = parser.parse_known_args()
     hf_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    overhead(options.steps, recipe)
+    if options.command == "overhead":
+        cells, table = run_overhead(options, recipe), overhead.table
+    else:
+        cells, table = run_sizes(options), sizes.table
+    if not PartialState(cpu=options.use_cpu).is_main_process:
+        return
+    device = device_name(options.use_cpu)
+    console = Console()
+    console.width = max(console.width, 150)  # a table that is cut helps nobody
+    console.print(table(cells, device))
+    path = Path(options.out or f"out/{options.command}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": device, "torch": torch.__version__, "cells": cells}, indent=1))
+    print(f"All figures: {path}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reference import Reference
 
 from nspo2_trl import NSPO2, NSPO2Config
+from nspo2_trl.covariance import mixture
 from nspo2_trl.metrics import reset_sums, summarize
 
 
@@ -362,3 +363,36 @@ def test_reset_forgets():
         assert torch.equal(engine.hook(samples[0]), fresh.hook(samples[0]))
         engine.step_end()
         fresh.step_end()
+
+
+def test_a_bfloat16_basis_costs_half_the_memory_and_little_accuracy():
+    """Directions rounded to 8 bits: what is left in them of a gradient is of the size of the rounding."""
+    torch.manual_seed(0)
+    options = {"strategy": "noise", "trust_radius": 1e9, "update_freq": 5, "min_rank": 4, "cov_momentum": 0.97}
+    fine, rough = (NSPO2(config(basis_dtype=dtype, **options), recent=False) for dtype in ("float32", "bfloat16"))
+    planted = torch.linalg.qr(torch.randn(2000, 4)).Q
+    for _ in range(60):
+        samples = torch.randn(4, 1, 1, 4) @ planted.T * 30 + torch.randn(4, 1, 1, 2000)
+        grad = samples.mean(0)
+        expected, got = fine.step(samples, grad), rough.step(samples, grad)
+    assert rough.cov.stack.nbytes == fine.cov.stack.nbytes / 2 and got.dtype == torch.float32
+    assert (got - expected).norm() < 0.01 * grad.norm()
+    basis = rough.cov.basis[0, :4].float()
+    assert (basis @ basis.T - torch.eye(4)).abs().max() < 2e-3
+    assert (got[0] @ basis.T).norm() < 0.01 * (grad[0] @ basis.T).norm()
+    shares = [summarize([engine])["variance_reduction"] for engine in (fine, rough)]
+    assert shares[1] == pytest.approx(shares[0], abs=2e-3)
+
+
+def test_a_mixture_of_a_matrix_s_rows_is_unbiased():
+    """Factored, many vectors a sample: fewer random combinations of them are kept, with the same covariance."""
+    torch.manual_seed(0)
+    grad = torch.randn(16, 5, dtype=torch.float64)
+    mixed = [mixture(3, 16, seed) @ grad for seed in range(4000)]
+    mean = sum(part.T @ part for part in mixed) / len(mixed)
+    assert torch.allclose(mean, grad.T @ grad, atol=0.05 * torch.linalg.matrix_norm(grad.T @ grad, 2).item())
+    engine = NSPO2(config(update_freq=10, max_rank=32), recent=False)
+    for _ in range(10):
+        samples = torch.randn(4, 1, 16, 40)
+        engine.step(samples, samples.mean(0))
+    assert engine.cov.solved == 10 and engine.cov.rows_a_sample(4, 16) == 1  # one eigensolve in ten steps

@@ -58,7 +58,7 @@ def test_full_rank_sketch_is_the_decayed_covariance(seed, decay, update_freq):
         rows = torch.randn(2, 2, 6, dtype=torch.float64)
         append(cov, rows)
         expected = decay * expected + rows.mT @ rows
-        if cov.is_due(2):
+        if cov.is_due():
             cov.solve()
     cov.solve()
     rebuilt = cov.basis.mT @ torch.diag_embed(cov.eigenvalues) @ cov.basis
@@ -72,7 +72,7 @@ def test_low_rank_sketch_finds_planted_directions():
     cov = estimator(dim=300, rank=8, update_freq=5, decay=0.97)
     for _ in range(100):
         append(cov, torch.randn(1, 4, 4, dtype=torch.float64) @ planted.T * 8 + torch.randn(1, 4, 300))
-        if cov.is_due(4):
+        if cov.is_due():
             cov.solve()
     cosines = torch.linalg.svdvals(cov.basis[0, :4] @ planted)
     assert cosines.min() > 0.98
@@ -97,7 +97,7 @@ def test_memory_is_rank_plus_buffered_rows():
     cov = estimator(dim=1000, rank=10, update_freq=50)
     for _ in range(200):
         append(cov, torch.randn(1, 4, 1000, dtype=torch.float64))
-        if cov.is_due(4):
+        if cov.is_due():
             cov.solve()
         assert cov.stack.shape[1] <= 10 + 2 * 10 + 1
 
@@ -124,7 +124,7 @@ def test_state_goes_on_where_it_stopped_bit_for_bit():
             second.load_state_dict(first.state_dict())
         for cov in (whole, first if i < 8 else second):
             append(cov, row)
-            if cov.is_due(3):
+            if cov.is_due():
                 cov.solve()
     assert torch.equal(whole.basis, second.basis) and torch.equal(whole.eigenvalues, second.eigenvalues)
     assert torch.equal(whole.trace, second.trace)

@@ -1,0 +1,198 @@
+"""A whole training step with and without NSPO2, two trainers taking turns, and which part of NSPO2 takes what."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from peft import LoraConfig
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
+from nspo2_trl.covariance import CovEstimator
+from nspo2_trl.samples import SampleCollector
+from nspo2_trl.sharding import Shards
+from nspo2_trl.timing import Stopwatch
+
+ROOT = Path(__file__).parents[2]
+WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
+# hidden, intermediate, layers, heads, key-value heads, vocabulary: 135m as SmolLM2-135M, 0.5b as Qwen2.5-0.5B, 1b as
+# Llama-3.2-1B, 8b as Llama-3.1-8B; 10m is none in particular
+SIZES = {
+    "10m": (256, 1024, 8, 8, 4, 4096),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+
+
+def sized_trainer(cell: dict, length: int, use_cpu: bool, enabled: bool) -> NSPO2DPOTrainer:
+    """A randomly initialised model on pairs of `length` tokens, in batches of 4 micro-batches of 2."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[cell["model"]]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=True,
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/quickstart/model")
+    stories = datasets.load_dataset(str(ROOT / "recipes/quickstart/data"), split="train[:512]")
+    words = [tokenizer.decode(tokenizer("".join(stories["chosen"][i : i + 64]))["input_ids"]) for i in range(64)]
+    pairs = datasets.Dataset.from_dict({"prompt": [""] * 64, "chosen": words, "rejected": words[::-1]})
+    half = torch.cuda.is_available() and not use_cpu
+    args = NSPO2DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_length=length,
+        bf16=half,
+        gradient_checkpointing=half,
+        use_cpu=use_cpu or not half,
+        report_to="none",
+        nspo2_enabled=enabled,
+        nspo2_covariance=cell["covariance"],
+        nspo2_update_freq=cell["update_freq"],
+        nspo2_min_rank=16,
+    )
+    lora = LoraConfig(r=cell["lora_r"], target_modules="all-linear", task_type="CAUSAL_LM")
+    return NSPO2DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=lora)
+
+
+class Parts:
+    """Clocks that `with` puts around parts of NSPO2: catching samples, moving them, solving; the rest is filtering."""
+
+    def __init__(self, trainer: NSPO2DPOTrainer):
+        self.trainer = trainer
+        self.clocks = {name: Stopwatch(trainer.accelerator.device) for name in ("sampling", "exchange", "solve")}
+        trainer.nspo2_samples.stopwatch = self.clocks["sampling"]
+
+    def __enter__(self) -> Parts:
+        self.kept = []
+        for owner, method, part in (
+            (SampleCollector, "collect", "exchange"),
+            (Shards, "gather", "exchange"),
+            (CovEstimator, "solve", "solve"),
+        ):
+            inner = getattr(owner, method)
+            self.kept.append((owner, method, inner))
+            setattr(owner, method, self._timed(inner, self.clocks[part]))
+        return self
+
+    def _timed(self, inner, clock: Stopwatch):
+        def timed(*args, **kwargs):
+            with clock:
+                return inner(*args, **kwargs)
+
+        return timed
+
+    def __exit__(self, *_) -> None:
+        for owner, method, inner in self.kept:
+            setattr(owner, method, inner)
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Milliseconds a step by part, since the last call."""
+        found = {name: 1000 * clock.take() / steps for name, clock in self.clocks.items()}
+        found["projection"] = 1000 * self.trainer.nspo2_time.take() / steps - found["exchange"] - found["solve"]
+        return found
+
+
+def take_step(trainer: NSPO2DPOTrainer, model: nn.Module, batches: list[dict]) -> tuple[float, int]:
+    """Seconds and, on a GPU, peak bytes of one step, as Trainer takes it, without logging and callbacks of others."""
+    cuda = trainer.accelerator.device.type == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    synchronize()
+    start = time.perf_counter()
+    for i, batch in enumerate(batches):
+        last = i + 1 == len(batches)
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+        with trainer.accelerator.accumulate(model) if last else trainer.accelerator.no_sync(model):
+            trainer.training_step(model, dict(batch))
+        if trainer.nspo2 and not last:
+            trainer.nspo2_samples.next_micro_batch()
+    if trainer.args.max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+    if trainer.nspo2:
+        trainer._nspo2_begin_step()
+    trainer.optimizer.step()
+    if trainer.nspo2:
+        trainer._nspo2_end_step()
+    trainer.optimizer.zero_grad()
+    synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else 0
+
+
+def measure(make, steps: int, label: str) -> dict:
+    """Figures of one cell; `make(enabled)` builds its trainers."""
+    trainers, models = {}, {}
+    for enabled in (True, False):
+        trainer = make(enabled)
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+        trainers[enabled], models[enabled] = trainer, trainer.accelerator.prepare(trainer.model)
+        models[enabled].train()
+    ours = trainers[True]
+    ours.nspo2_samples.attach()
+    each = ours.args.gradient_accumulation_steps
+    batches = [batch for batch, _ in zip(ours.get_train_dataloader(), range(16 * each))]
+    times, peaks = {True: [], False: []}, {True: [], False: []}
+    with Parts(ours) as parts:
+        quiet = not ours.accelerator.is_main_process
+        for step in track(range(WARM_UP + steps), description=label, disable=quiet):
+            first = each * (step % (len(batches) // each))
+            if step == WARM_UP:
+                parts.take(1)
+            for enabled in (True, False) if step % 2 else (False, True):
+                seconds, peak = take_step(trainers[enabled], models[enabled], batches[first : first + each])
+                if step >= WARM_UP:
+                    times[enabled].append(seconds)
+                    peaks[enabled].append(peak)
+        own = parts.take(steps)
+    ratios = [a / b for a, b in zip(times[True], times[False])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    samples = sum(buffer.nbytes for buffer in ours.nspo2_samples.buffers)
+    return {
+        "processes": ours.accelerator.num_processes,
+        "plain_ms": 1000 * statistics.median(times[False]),
+        "nspo2_ms": 1000 * statistics.median(times[True]),
+        "ratio": middle,
+        "ratio_quartiles": [low, high],
+        "parts_ms": own,
+        "state_mib": ours.nspo2.state_bytes / 2**20,
+        "samples_mib": samples / 2**20,
+        "peak_more_mib": (statistics.median(peaks[True]) - statistics.median(peaks[False])) / 2**20,
+        "rank": ours.nspo2.metrics().get("rank"),
+    }
+
+
+def table(cells: list[dict], device: str) -> Table:
+    result = Table(title=f"A training step with and without NSPO2, {device}")
+    for name in ("cell", "plain ms", "NSPO2 ms", "ratio (quartiles)", "sampling", "exchange", "solve", "projection"):
+        result.add_column(name, justify="left" if name == "cell" else "right")
+    result.add_column("state + samples MiB", justify="right")
+    for cell in cells:
+        low, high = cell["ratio_quartiles"]
+        result.add_row(
+            cell["label"],
+            f"{cell['plain_ms']:.1f}",
+            f"{cell['nspo2_ms']:.1f}",
+            f"{cell['ratio']:.3f} ({low:.3f} to {high:.3f})",
+            *(f"{value:.1f}" for value in cell["parts_ms"].values()),
+            f"{cell['state_mib']:.0f} + {cell['samples_mib']:.0f}",
+        )
+    return result

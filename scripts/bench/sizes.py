@@ -1,0 +1,147 @@
+"""The adapters of a model without the model, with random gradients: bytes, time of a step, memory traffic."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nspo2_trl import NSPO2Config
+from nspo2_trl.block_groups import BlockGroups
+from nspo2_trl.blocks import Block
+from nspo2_trl.samples import sample_share
+
+from .overhead import SIZES
+
+# An H100's step on a model with P parameters, estimated: 16 pairs of 2 x 512 tokens; 2 P operations a token forwards,
+# 2 P backwards (adapters alone have weight gradients), 2 P for gradient checkpointing, 2 P for the reference model; at
+# 40 % of 989 TFLOP/s. NSPO2's part: its memory traffic at 60 % of 3.35 TB/s, and 1 ms for each matrix handed to eigh,
+# as if they were solved one after the other (assumed, not measured).
+TOKENS, FLOPS, BANDWIDTH, EIGH_SECONDS = 16 * 2 * 512, 0.4 * 989e12, 0.6 * 3.35e12, 1e-3
+
+
+def parameters(size: str) -> int:
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
+    attention = hidden * hidden * 2 + 2 * hidden * (hidden // heads * kv_heads)
+    return layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, each tensor once an operation; views move nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.eigh = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        if "eigh" in str(function):
+            self.eigh += args[0].shape[0]
+        return result
+
+
+def adapters(size: str, lora_r: int, device: torch.device) -> list[Block]:
+    """LoRA on all linear layers of a model of that size, with random numbers."""
+    hidden, intermediate, layers, heads, kv_heads, _ = SIZES[size]
+    kv = hidden // heads * kv_heads
+    shapes = {"q": (hidden, hidden), "k": (hidden, kv), "v": (hidden, kv), "o": (hidden, hidden)}
+    shapes |= {"gate": (hidden, intermediate), "up": (hidden, intermediate), "down": (intermediate, hidden)}
+    make = lambda *shape: nn.Parameter(torch.randn(shape, device=device) / 100)  # noqa: E731
+    return [
+        Block(f"{layer}.{name}", [make(lora_r, fan_in), make(fan_out, lora_r)])
+        for layer in range(layers)
+        for name, (fan_in, fan_out) in shapes.items()
+    ]
+
+
+def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
+    """Figures of one cell."""
+    blocks = adapters(cell["model"], cell["lora_r"], device)
+    params = [p for block in blocks for p in block.params]
+    entries = sum(p.numel() for p in params)
+    rank = cell["projection_rank"]
+    config = NSPO2Config(
+        strategy="keep",
+        covariance=cell["covariance"],
+        update_freq=cell["update_freq"],
+        projection_rank=rank,
+        max_rank=2 * rank,
+        min_rank=rank,
+        basis_dtype=cell["basis_dtype"],
+    )
+    groups = BlockGroups(blocks, config, share=sample_share(micro_batches))
+    samples = [group.buffer(micro_batches) for group in groups.groups]
+    kinds: dict[str, list[float]] = {"filter": [], "learn": [], "solve": []}
+    bytes_, eigh = {}, 0
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for step in range(2 * config.update_freq + 1):
+        for buffer in samples:
+            buffer.normal_()
+        for group, buffer in zip(groups.groups, samples):
+            for place, view in zip(group.places, group.views_of(buffer.mean(0))):
+                place.param.grad = view.clone()
+        solved = groups.parts[0].cov.solved if groups.parts[0].cov else 0
+        kind = "learn" if groups.learns else "filter"
+        synchronize()
+        start = time.perf_counter()
+        if step < 2 * config.update_freq - 5:
+            groups.begin_step(lambda: samples)
+            groups.end_step()
+        else:  # the last steps are counted, not timed
+            with Traffic() as traffic:
+                groups.begin_step(lambda: samples)
+                groups.end_step()
+        synchronize()
+        seconds = time.perf_counter() - start
+        if groups.parts[0].cov and groups.parts[0].cov.solved > solved:
+            kind = "solve"
+        if step >= 2 * config.update_freq - 5:
+            bytes_[kind], eigh = traffic.bytes, max(eigh, traffic.eigh)
+        elif step > 0:
+            kinds[kind].append(seconds)
+    state = sum(t.nbytes for part in groups.parts for t in tree_leaves(part.state_dict()) if torch.is_tensor(t))
+    learn = groups.share - 1 / config.update_freq
+    shares = {"filter": 1 - groups.share, "learn": learn, "solve": 1 / config.update_freq}
+    return {
+        "entries": entries,
+        "blocks": len(blocks),
+        "adamw_mib": 8 * entries / 2**20,
+        "basis_mib": sum(p.cov.basis.nbytes + p.reference.nbytes + p.cov.values.nbytes for p in groups.parts) / 2**20,
+        "saved_mib": state / 2**20,
+        "state_mib": groups.state_bytes / 2**20,
+        "samples_mib": sum(buffer.nbytes for buffer in samples) / 2**20,
+        "ms": {kind: 1000 * statistics.median(values) if values else None for kind, values in kinds.items()},
+        "gib_moved": {kind: value / 2**30 for kind, value in bytes_.items()},
+        "eigh_matrices": eigh,
+        "gib_moved_a_step": sum(shares[kind] * value for kind, value in bytes_.items()) / 2**30,
+    }
+
+
+def estimate(size: str, found: dict, update_freq: int) -> dict:
+    """Seconds on an H100, see above: of a training step, and of NSPO2 in it."""
+    step = 8 * parameters(size) * TOKENS / FLOPS
+    moved = found["gib_moved_a_step"] * 2**30 / BANDWIDTH
+    solved = found["eigh_matrices"] * EIGH_SECONDS / update_freq
+    return {"step_s": step, "traffic_s": moved, "eigh_s": solved, "share": (moved + solved) / step}
+
+
+def table(cells: list[dict], device: str) -> Table:
+    result = Table(title=f"NSPO2 on adapters alone, {device}; MiB; estimate for an H100")
+    columns = ("cell", "AdamW", "directions + mean", "all state", "samples", "filter ms", "learn ms", "solve ms")
+    for name in (*columns, "GiB moved a step", "H100: share of step"):
+        result.add_column(name, justify="left" if name == "cell" else "right")
+    for cell in cells:
+        memory = (cell[name] for name in ("adamw_mib", "basis_mib", "state_mib", "samples_mib"))
+        times = ("-" if value is None else f"{value:.0f}" for value in cell["ms"].values())
+        share = f"{100 * cell['h100']['share']:.2f} %"
+        moved = f"{cell['gib_moved_a_step']:.2f}"
+        result.add_row(cell["label"], *(f"{value:.0f}" for value in memory), *times, moved, share)
+    return result
