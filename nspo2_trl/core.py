@@ -86,6 +86,7 @@ class NSPO2:
             if samples is None:
                 return grad
             self._allocate(samples[0], len(samples))
+            self.cov.step = self.step_count - 1  # steps before, that were not learned from
         self.sums.mul_(self.sums_decay)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
