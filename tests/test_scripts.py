@@ -272,42 +272,36 @@ def logged(folder) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
+def on_shared(data: str, out, steps: int, *options: str) -> list[dict]:
+    """The quick start's recipe on the pretrained model beside the repository; what it logged."""
+    model = ["--model_name_or_path", str(SHARED / "models/stories260k"), "--dataset_name", str(SHARED / "data" / data)]
+    always = ["--config", RECIPE, *model, "--use_cpu", "true", "--learning_rate", "2e-3", "--max_steps", str(steps)]
+    train.main([*always, "--output_dir", str(out), *options])
+    return logged(out)
+
+
 @shared
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_pretrained_model_on_sentiment_pairs(tmp_path):
-    model, data = SHARED / "models/stories260k", SHARED / "data/stories_sentiment"
-    options = [
-        "--config",
-        RECIPE,
-        "--model_name_or_path",
-        str(model),
-        "--dataset_name",
-        str(data),
-        "--use_cpu",
-        "true",
-    ]
-    train.main([*options, "--learning_rate", "2e-3", "--max_steps", "150", "--output_dir", str(tmp_path / "out")])
-    history = logged(tmp_path / "out")
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("factored", [False, True])
+def test_pretrained_model_on_sentiment_pairs(tmp_path, factored):
+    options = ["--nspo2_covariance", "factored", "--nspo2_projection_rank", "4"] if factored else []
+    history = on_shared("stories_sentiment", tmp_path / "out", 150, *options)
     reductions = [entry["nspo2/variance_reduction"] for entry in history if "nspo2/variance_reduction" in entry]
     assert [e for e in history if "eval_loss" in e][-1]["eval_rewards/accuracies"] >= 0.70
     assert sum(reductions) / len(reductions) >= 0.25
+    if factored:
+        on_shared("stories_sentiment", tmp_path / "whole", 10, "--save_steps", "10", "--eval_strategy", "no")
+        size = [
+            (tmp_path / f"{name}/nspo2_state.pt").stat().st_size
+            for name in ("out/checkpoint-150", "whole/checkpoint-10")
+        ]
+        assert size[0] <= size[1] / 4
 
 
 @shared
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_human_preferences_with_implicit_prompt(tmp_path):
-    model, data = SHARED / "models/stories260k", SHARED / "data/hh_harmless/pairs.jsonl.gz"
-    options = [
-        "--config",
-        RECIPE,
-        "--model_name_or_path",
-        str(model),
-        "--dataset_name",
-        str(data),
-        "--use_cpu",
-        "true",
-    ]
-    train.main([*options, "--learning_rate", "2e-3", "--max_steps", "20", "--output_dir", str(tmp_path / "out")])
-    assert [e for e in logged(tmp_path / "out") if "eval_loss" in e][-1]["step"] == 20
+    history = on_shared("hh_harmless/pairs.jsonl.gz", tmp_path / "out", 20)
+    assert [e for e in history if "eval_loss" in e][-1]["step"] == 20

@@ -6,6 +6,7 @@ import statistics
 import time
 
 import torch
+from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,7 +64,11 @@ def adapters(size: str, lora_r: int, device: torch.device) -> list[Block]:
 
 
 def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
-    """Figures of one cell."""
+    """Figures of one cell.
+
+    State is what a resumed run needs: directions, buffered samples of their noise, running mean. Scratch is a copy of
+    the gradient and what is small; samples are the micro-batches' gradients of one step.
+    """
     blocks = adapters(cell["model"], cell["lora_r"], device)
     params = [p for block in blocks for p in block.params]
     entries = sum(p.numel() for p in params)
@@ -78,16 +83,17 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
         basis_dtype=cell["basis_dtype"],
     )
     groups = BlockGroups(blocks, config, share=sample_share(micro_batches))
-    samples = [group.buffer(micro_batches) for group in groups.groups]
+    samples = [group.buffer(micro_batches).normal_() for group in groups.groups]
+    for group in groups.groups:
+        for place in group.places:
+            place.param.grad = torch.zeros_like(place.param)
     kinds: dict[str, list[float]] = {"filter": [], "learn": [], "solve": []}
     bytes_, eigh = {}, 0
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for step in range(2 * config.update_freq + 1):
-        for buffer in samples:
-            buffer.normal_()
+    for step in track(range(2 * config.update_freq + 1), description=cell["label"]):
         for group, buffer in zip(groups.groups, samples):
-            for place, view in zip(group.places, group.views_of(buffer.mean(0))):
-                place.param.grad = view.clone()
+            buffer.copy_(buffer.roll(1, -1))  # as good as new numbers, and made faster
+            torch._foreach_copy_([place.param.grad for place in group.places], group.views_of(buffer[0]))
         solved = groups.parts[0].cov.solved if groups.parts[0].cov else 0
         kind = "learn" if groups.learns else "filter"
         synchronize()
@@ -107,16 +113,15 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
             bytes_[kind], eigh = traffic.bytes, max(eigh, traffic.eigh)
         elif step > 0:
             kinds[kind].append(seconds)
-    state = sum(t.nbytes for part in groups.parts for t in tree_leaves(part.state_dict()) if torch.is_tensor(t))
-    learn = groups.share - 1 / config.update_freq
+    parts, learn = groups.parts, groups.share - 1 / config.update_freq
     shares = {"filter": 1 - groups.share, "learn": learn, "solve": 1 / config.update_freq}
     return {
         "entries": entries,
         "blocks": len(blocks),
         "adamw_mib": 8 * entries / 2**20,
-        "basis_mib": sum(p.cov.basis.nbytes + p.reference.nbytes + p.cov.values.nbytes for p in groups.parts) / 2**20,
-        "saved_mib": state / 2**20,
-        "state_mib": groups.state_bytes / 2**20,
+        "basis_mib": sum(part.cov.basis.numel() * part.cov.stack.element_size() for part in parts) / 2**20,
+        "state_mib": sum(part.cov.stack.nbytes + part.reference.nbytes for part in parts) / 2**20,
+        "scratch_mib": (groups.state_bytes - sum(p.cov.stack.nbytes + p.reference.nbytes for p in parts)) / 2**20,
         "samples_mib": sum(buffer.nbytes for buffer in samples) / 2**20,
         "ms": {kind: 1000 * statistics.median(values) if values else None for kind, values in kinds.items()},
         "gib_moved": {kind: value / 2**30 for kind, value in bytes_.items()},
@@ -135,11 +140,11 @@ def estimate(size: str, found: dict, update_freq: int) -> dict:
 
 def table(cells: list[dict], device: str) -> Table:
     result = Table(title=f"NSPO2 on adapters alone, {device}; MiB; estimate for an H100")
-    columns = ("cell", "AdamW", "directions + mean", "all state", "samples", "filter ms", "learn ms", "solve ms")
-    for name in (*columns, "GiB moved a step", "H100: share of step"):
+    columns = ("cell", "AdamW", "directions", "state", "scratch", "samples", "filter ms", "learn ms", "solve ms")
+    for name in (*columns, "GiB a step", "H100: share of step"):
         result.add_column(name, justify="left" if name == "cell" else "right")
     for cell in cells:
-        memory = (cell[name] for name in ("adamw_mib", "basis_mib", "state_mib", "samples_mib"))
+        memory = (cell[name] for name in ("adamw_mib", "basis_mib", "state_mib", "scratch_mib", "samples_mib"))
         times = ("-" if value is None else f"{value:.0f}" for value in cell["ms"].values())
         share = f"{100 * cell['h100']['share']:.2f} %"
         moved = f"{cell['gib_moved_a_step']:.2f}"
