@@ -96,11 +96,12 @@ def _refuse_unsupported(engine, params: list[nn.Parameter], update: bool) -> Non
             "NSPO2 does not support fp16 under DeepSpeed, which scales the loss in its own way: set `bf16=True`, or "
             "`fp16=False`, in the config and `fp16.enabled` of the DeepSpeed config to `auto`."
         )
-    for part, offload in (("optimizer", zero.offload_optimizer), ("param", zero.offload_param)):
-        if offload is not None and str(getattr(offload.device, "value", offload.device)) != "none":
+    for part, allowed in (("optimizer", ("none", "cpu")), ("param", ("none",))):
+        device = getattr(getattr(zero, f"offload_{part}"), "device", "none")
+        if getattr(device, "value", device) not in allowed:
             raise ValueError(
-                f"NSPO2 does not support DeepSpeed's offloading: take `offload_{part}` out of `zero_optimization` in "
-                "the DeepSpeed config. What is trained are LoRA adapters, whose optimizer states are small."
+                f"NSPO2 does not support DeepSpeed's offloading there: set `zero_optimization.offload_{part}.device` "
+                f"in the DeepSpeed config to {' or '.join(f'`{name}`' for name in allowed)}."
             )
     if name not in _KNOWN:
         raise ValueError(

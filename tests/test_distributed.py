@@ -59,6 +59,9 @@ LAUNCHES = {
     "fsdp": (2, {"gradient_accumulation_steps": 2, "fsdp": True}),
     "plain": (1, {"gradient_accumulation_steps": 4, "plain": True}),
     "four": (4, {"gradient_accumulation_steps": 1}),
+} | {
+    f"zero{stage}": (2, {"gradient_accumulation_steps": 2, "deepspeed": {"zero_optimization": {"stage": stage}}})
+    for stage in range(4)
 }
 
 
