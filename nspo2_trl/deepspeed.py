@@ -91,10 +91,10 @@ def _refuse_unsupported(engine, params: list[nn.Parameter], update: bool) -> Non
             "NSPO2 supports DeepSpeed with ZeRO: set `zero_optimization.stage` in the DeepSpeed config to 1, 2 or 3, "
             "or launch with DDP, which stage 0 is."
         )
-    if engine.fp16_enabled():
+    if engine.fp16_enabled() or getattr(engine.optimizer, "torch_autocast_gradscaler", None) is not None:
         raise ValueError(
             "NSPO2 does not support fp16 under DeepSpeed, which scales the loss in its own way: set `bf16=True`, or "
-            "`fp16=False`, in the config and `fp16.enabled` of the DeepSpeed config to `auto`."
+            "`fp16=False`, in the config, and in the DeepSpeed config `fp16.enabled` to `auto`."
         )
     for part, allowed in (("optimizer", ("none", "cpu")), ("param", ("none",))):
         device = getattr(getattr(zero, f"offload_{part}"), "device", "none")

@@ -47,27 +47,25 @@ def test_zero_ends_with_the_adapters_of_ddp(launch, stage, options):
 @pytest.mark.slow
 @STAGES
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.02}, BFLOAT16])
-def test_rank_zero_equals_dpo_trainer_under_the_same_engine(tmp_path, stage, options):
-    own = LAUNCHES[f"zero{stage}"][1] | options
-    ours = run(tmp_path / "ours", 2, **(own | {"nspo2_projection_rank": 0}))
-    plain = run(tmp_path / "plain", 2, **(own | {"plain": True}))
+def test_rank_zero_equals_dpo_trainer_under_the_same_engine(launch, stage, options):
+    ours = launch(f"zero{stage}", nspo2_projection_rank=0, **options)
+    plain = launch(f"zero{stage}", plain=True, **options)
     assert_identical(ours, plain)
     assert ours["norms"] == plain["norms"]
 
 
 @pytest.mark.slow
 @STAGES
-def test_adapters_in_bfloat16_are_filtered(tmp_path, stage):
-    own = LAUNCHES[f"zero{stage}"][1] | BFLOAT16
-    ours = run(tmp_path / "ours", 2, **own)
+def test_adapters_in_bfloat16_are_filtered(launch, stage):
+    ours = launch(f"zero{stage}", **BFLOAT16)
     assert ours["active"] >= 0.6 and 0 < ours["figures"]["nspo2/variance_reduction"] < 1
     assert ours["figures"]["nspo2/grad_norm"] < ours["figures"]["nspo2/grad_norm_raw"]
-    assert 1e-4 < difference(ours, run(tmp_path / "plain", 2, **(own | {"plain": True}))) < 1
+    assert 1e-4 < difference(ours, launch(f"zero{stage}", plain=True, **BFLOAT16)) < 1
 
 
 @pytest.mark.slow
 @STAGES
-def test_killed_runs_resume_to_the_same_end(launch, tmp_path, stage):
+def test_resumed_runs_come_to_the_same_end(launch, tmp_path, stage):
     whole = launch(f"zero{stage}")
     own = SAME | LAUNCHES[f"zero{stage}"][1]
     assert_identical(run(tmp_path / "out", 2, resume=whole["out"] / "checkpoint-5", **own), whole)
@@ -83,13 +81,13 @@ def test_offloaded_optimizer_states(launch, tmp_path, stage):
 
 @pytest.mark.slow
 @STAGES
-def test_nan_on_one_rank_skips_the_step_on_both(tmp_path, stage):
+def test_nan_on_one_rank_skips_the_step_on_both(launch, stage):
     """DeepSpeed holds its scheduler back too in such a step, so the rate is constant to compare with DDP."""
     options = {"nan_rank": 1, "lr_scheduler_type": "constant"}
-    zero = run(tmp_path / "zero", 2, **(LAUNCHES[f"zero{stage}"][1] | options))
+    zero = launch(f"zero{stage}", **options)
     assert zero["skipped"] == 1
     assert all(torch.isfinite(p).all() for p in zero["params"].values())
-    assert difference(zero, run(tmp_path / "ddp", 2, **(LAUNCHES["ddp"][1] | options))) < CLOSE[stage]
+    assert difference(zero, launch("ddp", **options)) < CLOSE[stage]
 
 
 # ---- refusals ----

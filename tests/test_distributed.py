@@ -32,7 +32,7 @@ def run(out: Path, processes: int, resume: Path | None = None, **options) -> dic
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            process.wait(timeout=120)
+            process.wait(timeout=240 if "deepspeed" in options else 120)  # the first time it compiles something
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
     output = (out / "log").read_text()
