@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .blocks import whole_shape
+
 _KNOWN = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")  # stages 1 and 2, stage 3
 
 
@@ -23,7 +25,7 @@ def wrap_step(engine, params: list[nn.Parameter], begin: Callable[[], None], wri
     Args:
         engine: the DeepSpeedEngine. params: all that are trained.
         begin: filters `param.grad` in place. It has the parameter's shape and dtype then, is the same on every rank,
-            and is clipped as DeepSpeed would.
+            and is clipped as DeepSpeed would; `param` itself has its own value with `update` only.
         writes: whether `begin` may change gradients. If not, DeepSpeed steps with its own, bit for bit.
         update: whether the parameters themselves are going to be changed, in [`whole_params`].
 
@@ -32,8 +34,7 @@ def wrap_step(engine, params: list[nn.Parameter], begin: Callable[[], None], wri
     """
     unwrap_step(engine)
     _refuse_unsupported(engine, params, update)
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 
     plain, optimizer = engine.step, engine.optimizer
 
@@ -41,15 +42,20 @@ def wrap_step(engine, params: list[nn.Parameter], begin: Callable[[], None], wri
         if not engine.is_gradient_accumulation_boundary():
             return plain(*args, **kwargs)
         clip, norm = optimizer.clip_grad, None
-        with GatheredParameters(params):  # stage 3 leaves an empty tensor in its place, which takes no gradient
-            for param in params:
-                param.grad = safe_get_full_grad(param).to(param.dtype).view_as(param)
+        grads = [safe_get_full_grad(param).to(param.dtype).view(whole_shape(param)) for param in params]
+        values = [safe_get_full_fp32_param(param) for param in params] if update else grads
+        own = [(param.data, param.grad) for param in params]
+        for param, value, grad in zip(params, values, grads):
+            # stage 3 may have an empty tensor there, which takes no gradient; anything of the shape will do
+            param.data, param.grad = value, grad
+        try:
             if clip > 0:
                 norm = nn.utils.clip_grad_norm_(params, clip)
             begin()
-            grads = [param.grad for param in params]
-            for param in params:
+        finally:
+            for param, (value, grad) in zip(params, own):
                 param.grad = None
+                param.data, param.grad = value, grad
         if not writes:
             return plain(*args, **kwargs)
         # A gradient with NaN or Inf goes back as it is: DeepSpeed finds it and skips the step on all ranks.
