@@ -42,8 +42,8 @@ class _StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._nspo2_follow()
-        self.trainer.nspo2_samples.attach()
         self.trainer._nspo2_wrap_engine()
+        self.trainer.nspo2_samples.attach()
 
     def on_substep_end(self, args, state, control, **kwargs):
         self.trainer.nspo2_samples.next_micro_batch()
