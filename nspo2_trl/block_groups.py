@@ -78,6 +78,11 @@ class BlockGroups:
         known = {id(p) for p in params}
         return all(id(place.param) in known for group in self.groups for place in group.places)
 
+    def follow(self) -> None:
+        """Move to where the parameters are, should they have been moved since."""
+        for group in self.groups:
+            group.follow()
+
     @property
     def learns(self) -> bool:
         """Whether the next step is one to learn from: `share` of them are, at even distances.
@@ -103,8 +108,7 @@ class BlockGroups:
             False where a sample or another gradient has NaN or Inf: nothing is learned or filtered, and the step is
             counted.
         """
-        for group in self.groups:
-            group.follow()
+        self.follow()
         there = self._there = [group.read_grads() for group in self.groups]
         update = self.config.apply_to == "update"
         if samples is not None:

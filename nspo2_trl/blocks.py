@@ -44,7 +44,8 @@ class _Place:
         """The part of `buffer` (B, m, d), in the parameter's own shape."""
         if self.transposed:
             return buffer[self.block].mT
-        return buffer[self.block, :, self.start :].flatten()[: self.param.numel()].view_as(self.param)
+        shape = whole_shape(self.param)
+        return buffer[self.block, :, self.start :].flatten()[: shape.numel()].view(shape)
 
 
 class Group:
@@ -70,9 +71,10 @@ class Group:
     def add(self, name: str, params: list[nn.Parameter]) -> None:
         start = 0
         for param in params:
-            transposed = self.shape[0] > 1 and param.shape[0] != self.shape[0]
+            shape = whole_shape(param)
+            transposed = self.shape[0] > 1 and shape[0] != self.shape[0]
             self.places.append(_Place(param, len(self.names), start, transposed))
-            start += param.numel()
+            start += shape.numel()
         self.names.append(name)
 
     def build(self, sentinel: BiasSentinel, recent: bool, share: float) -> None:
@@ -171,16 +173,18 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(param: torch.Tensor) -> torch.Size:
+    """The shape of all of a parameter; under ZeRO-3 its own is that of an empty tensor, except while it is used."""
+    return getattr(param, "ds_shape", param.shape)
+
+
 def units(blocks: list[Block], covariance: str) -> Iterator[tuple[str, list[nn.Parameter], tuple[int, int]]]:
     """(name, params, (m, d)) of what is filtered as one: a whole block, or each of its matrices when factored."""
     for block in blocks:
         if covariance == "adapter":
-            yield block.name, block.params, (1, sum(p.numel() for p in block.params))
+            yield block.name, block.params, (1, sum(whole_shape(p).numel() for p in block.params))
             continue
         for index, param in enumerate(block.params):
-            matrix = param.ndim == 2 and min(param.shape) > 1
-            yield (
-                f"{block.name}.{index}",
-                [param],
-                (min(param.shape), max(param.shape)) if matrix else (1, param.numel()),
-            )
+            shape = whole_shape(param)
+            matrix = len(shape) == 2 and min(shape) > 1
+            yield f"{block.name}.{index}", [param], (min(shape), max(shape)) if matrix else (1, shape.numel())

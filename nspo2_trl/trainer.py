@@ -3,13 +3,15 @@
 The data flow of one step: each micro-batch's backward pass leaves its gradient with the [`SampleCollector`]; when the
 last one is done and the gradient is clipped, `_nspo2_begin_step` hands each rank its columns of the samples of all,
 and [`BlockGroups`] scores them, filters the gradient in place and learns; then the optimizer steps as ever. With
-`nspo2_apply_to="update"` the filtering is done in `_nspo2_end_step`, on what the optimizer changed.
+`nspo2_apply_to="update"` the filtering is done in `_nspo2_end_step`, on what the optimizer changed. Under DeepSpeed
+`_nspo2_begin_step` is called from inside the engine's step, see [`deepspeed`].
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from pickle import UnpicklingError
 
 import torch
@@ -22,6 +24,7 @@ from trl.trainer.utils import get_config_model_id
 from .adapters import lora_blocks
 from .block_groups import BlockGroups, any_bad, entries
 from .blocks import params_outside
+from .deepspeed import unwrap_step, whole_params, wrap_step
 from .dpo_config import NSPO2DPOConfig
 from .samples import SampleCollector, sample_share
 from .timing import Stopwatch
@@ -39,13 +42,15 @@ class _StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._nspo2_follow()
+        self.trainer._nspo2_wrap_engine()
         self.trainer.nspo2_samples.attach()
 
     def on_substep_end(self, args, state, control, **kwargs):
         self.trainer.nspo2_samples.next_micro_batch()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._nspo2_begin_step()
+        if self.trainer.deepspeed is None:  # else its engine has stepped by now, and called this before
+            self.trainer._nspo2_begin_step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._nspo2_end_step()
@@ -57,14 +62,17 @@ class _StepCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.nspo2_samples.detach()
+        if self.trainer.deepspeed is not None:
+            unwrap_step(self.trainer.deepspeed)
 
 
 class NSPO2Mixin:
     """What any TRL trainer needs to filter its gradients; its config is a [`NSPO2Arguments`] too.
 
     Raises:
-        ValueError: NSPO2 is on and the run cannot have it: no trainable LoRA adapter, DeepSpeed, FSDP, a model spread
-            over tensor-parallel ranks. The message says what to do.
+        ValueError: NSPO2 is on and the run cannot have it: no trainable LoRA adapter, FSDP1, a model spread over
+            tensor-parallel ranks; when training starts, a DeepSpeed config with more than ZeRO in bf16 or float32.
+            The message says what to do.
     """
 
     def __init__(self, *args, **kwargs):
@@ -79,9 +87,23 @@ class NSPO2Mixin:
         self.add_callback(_StepCallback(self))
 
     def _nspo2_follow(self) -> None:
-        """FSDP2 puts sharded parameters in the place of those that the trainer was made with: work on these."""
+        """FSDP2 puts sharded parameters in the place of those that the trainer was made with: work on these.
+
+        DeepSpeed moves them to the device only when training starts.
+        """
         if self.is_fsdp_enabled and not self.nspo2.holds(self.model.parameters()):
             self._nspo2_start()
+        self.nspo2.follow()
+
+    def _nspo2_trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _nspo2_wrap_engine(self) -> None:
+        """DeepSpeed's engine steps inside `backward`: have it call `_nspo2_begin_step` there."""
+        if self.deepspeed is not None:
+            update = self.args.nspo2_apply_to == "update"
+            writes = self.args.nspo2_projection_rank > 0 and not update
+            wrap_step(self.deepspeed, self._nspo2_trained(), self._nspo2_begin_step, writes, update)
 
     def _nspo2_start(self) -> None:
         """A noise estimate that knows nothing yet, of the parameters as they are now."""
@@ -112,7 +134,8 @@ class NSPO2Mixin:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _nspo2_end_step(self) -> None:
-        with self.nspo2_time:
+        changes = self.deepspeed is not None and self.args.nspo2_apply_to == "update"
+        with self.nspo2_time, whole_params(self._nspo2_trained()) if changes else nullcontext():
             self.nspo2.end_step()
             self.nspo2_samples.release()
         self._nspo2_steps_timed += 1
@@ -160,17 +183,13 @@ class NSPO2Mixin:
 def _refuse_unsupported(accelerator) -> None:
     kind = accelerator.distributed_type
     use = "Launch with DDP instead: `accelerate launch --multi_gpu ...`, or set `nspo2_enabled=False`."
-    if kind == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "NSPO2 does not support DeepSpeed: its engine steps inside `backward`, before the gradient of the whole "
-            f"step can be filtered. {use}"
-        )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "NSPO2 does not support FSDP1, which flattens parameters together: set `fsdp_version: 2` in the "
             f"Accelerate config. {use}"
         )
-    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP):
+    supported = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")
+    if kind not in [DistributedType[name] for name in supported]:
         raise ValueError(f"NSPO2 does not support the distributed type {kind.value}. {use}")
     plan = accelerator.parallelism_config
     if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):

@@ -18,7 +18,7 @@ def run(out: Path, processes: int, resume: Path | None = None, **options) -> dic
     """Train in a fresh launch and return what it saved."""
     out.mkdir(exist_ok=True)
     command = [sys.executable, SCRIPT]
-    if processes > 1:
+    if processes > 1 or "deepspeed" in options:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -26,12 +26,13 @@ def run(out: Path, processes: int, resume: Path | None = None, **options) -> dic
         command = [*launcher, "--master_port", str(port), SCRIPT]
     command += [str(out), json.dumps(options | {"processes": processes}), *([str(resume)] if resume else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["DS_ACCELERATOR"] = "cpu"
     with open(out / "log", "w+") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            process.wait(timeout=120)
+            process.wait(timeout=240 if "deepspeed" in options else 120)  # the first time it compiles something
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
     output = (out / "log").read_text()
@@ -58,6 +59,9 @@ LAUNCHES = {
     "fsdp": (2, {"gradient_accumulation_steps": 2, "fsdp": True}),
     "plain": (1, {"gradient_accumulation_steps": 4, "plain": True}),
     "four": (4, {"gradient_accumulation_steps": 1}),
+} | {
+    f"zero{stage}": (2, {"gradient_accumulation_steps": 2, "deepspeed": {"zero_optimization": {"stage": stage}}})
+    for stage in range(4)
 }
 
 

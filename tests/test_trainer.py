@@ -486,7 +486,6 @@ def test_unusable_data_is_refused(make_trainer, rows, message):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        (DistributedType.DEEPSPEED, "DeepSpeed"),
         (DistributedType.FSDP, "FSDP1"),
         (DistributedType.MEGATRON_LM, "MEGATRON"),
     ],

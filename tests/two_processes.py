@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from conftest import ARGS, FAST_NSPO2, LORA, MODEL, ROOT, losses, trainable
+from conftest import ARGS, FAST_NSPO2, LORA, MODEL, ROOT, losses
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -26,6 +26,13 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+# "deepspeed": {"zero_optimization": {"stage": 2}} among the options is put on top of this
+DEEPSPEED = {
+    **dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto"),
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
 }
 
 
@@ -61,6 +68,10 @@ class Kill(TrainerCallback):
 
 
 def whole(param: torch.Tensor) -> torch.Tensor:
+    if hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):  # ZeRO-3, or ZeRO-1 and 2
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(param).clone()
     return param.full_tensor() if hasattr(param, "full_tensor") else param
 
 
@@ -85,6 +96,11 @@ def main(out: str, options: str, resume: str | None = None) -> None:
             bad = self.args.process_index == nan_rank and self.calls == 9
             return loss * float("nan") if bad else loss
 
+    if "deepspeed" in args:
+        import deepspeed
+
+        args["deepspeed"] = DEEPSPEED | args["deepspeed"]
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # ZeRO-3 makes the model before the trainer does
     data = load_dataset(str(ROOT / "recipes/quickstart/data"), split="train[:64]")
     data = data.select_columns(["prompt", "chosen", "rejected"])
     config = config_class(**args)
@@ -97,16 +113,17 @@ def main(out: str, options: str, resume: str | None = None) -> None:
     if kill_after:
         trainer.add_callback(Kill(kill_after))
     sent = {}
-    if processes > 1:
+    if processes > 1 and "deepspeed" not in args:
         count_traffic(sent)
     trainer.train(resume_from_checkpoint=resume)
     sent = dict(sent)
     skipped = trainer.nspo2.skipped_steps if getattr(trainer, "nspo2", None) else 0
-    params = {name: whole(p) for name, p in trainable(trainer).items()}
+    params = {name: whole(p).detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     mine = torch.cat([p.flatten() for p in params.values()])
     everyone = trainer.accelerator.gather(mine[None])
     assert all(torch.equal(row, mine) for row in everyone), "the ranks hold different adapters"
     result = {"params": params, "losses": losses(trainer), "skipped": skipped, "sent": sent, "entries": len(mine)}
+    result["norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     if getattr(trainer, "nspo2", None):
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         result |= {"share": trainer.nspo2.share, "blocks": sum(len(group.names) for group in trainer.nspo2.groups)}
