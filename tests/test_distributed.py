@@ -87,6 +87,7 @@ SLOW = [
     pytest.param({"nspo2_apply_to": "update"}, marks=pytest.mark.slow),
     pytest.param({"nspo2_eigensolver": "randomized", "nspo2_basis_dtype": "bfloat16"}, marks=pytest.mark.slow),
     pytest.param({"max_grad_norm": 0.02}, marks=pytest.mark.slow),
+    pytest.param({"lora": {"r": 3}}, marks=pytest.mark.slow),  # shards of different sizes
 ]
 
 
