@@ -263,6 +263,17 @@ def test_output_dir_that_is_a_file_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_four_bit_base_model(tmp_path):
+    """QLoRA, where bitsandbytes runs; on a CPU it is slow."""
+    pytest.importorskip("bitsandbytes")
+    options = ["--load_in_4bit", "true", "--nspo2_update_freq", "2", "--logging_steps", "1", "--eval_strategy", "no"]
+    train.main(command(tmp_path, *options, steps=4))
+    history = logged(tmp_path / "out")
+    assert any(entry.get("nspo2/variance_reduction", 0) > 0 for entry in history)
+
+
 # ---- the real model and data ----
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the model and data beside the repository are not there")
