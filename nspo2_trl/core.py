@@ -65,6 +65,7 @@ class NSPO2:
         self.progress = 0.0  # share of training done, for `anneal`
         self.step_count = self.skipped_steps = self.learned_at = 0
         self.samples = 1  # micro-batches of the newest step that was learned from
+        self.reference_weight = 0.0  # of all gradients in the running mean, which grows from 0
         self.cov: CovEstimator | None = None
         self._hooked: list[torch.Tensor] = []
 
@@ -189,10 +190,11 @@ class NSPO2:
             energy = self._score(head, rows, mean, single=n == 1)
             if each < vectors:
                 torch.matmul(mixture(each, vectors, self.config.seed + self.step_count).to(rows), rows, out=kept)
-            self.cov.commit(slot, energy)
+            self.cov.commit(slot, energy, independent=max(1, n - 1))
         product = self.total((mean.flatten(1)[:, None] @ self.reference.flatten(1)[:, :, None])[:, 0, 0])
-        self.signal.add_step(product, energy)
+        self.signal.add_step(product, energy, self.reference_weight)
         beta = self.config.cov_momentum**passed
+        self.reference_weight = beta * self.reference_weight + 1 - beta
         self.reference.mul_(beta).add_(mean, alpha=1 - beta)
         if n > 1:
             self.previous = None
@@ -224,9 +226,10 @@ class NSPO2:
         self.cov.solve(hold_last=self.cov.row_steps.count(self.cov.step) if single else 0)
         limit = min(config.projection_rank, self.cov.dim // 2)
         # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
-        steps = self.cov.step - single  # the newest difference is held back
-        rows = 1 if single else (self.samples - 1) * self.share
-        edge = noise_edge(self.cov.dim, limit, steps, config.cov_momentum, rows, overlapping=single)
+        learned = self.cov.ages(held=single)  # the newest difference is held back
+        if not learned:
+            return
+        edge = noise_edge(self.cov.dim, limit, learned, config.cov_momentum, overlapping=single)
         rank = significant_rank(self.cov.eigenvalues, self.cov.trace, edge)
         self.rank = rank.clamp(min=min(config.min_rank, limit))
 
@@ -282,7 +285,7 @@ class NSPO2:
     # ---- state ----
 
     _TENSORS = ("reference", "rank", "sums")
-    _NUMBERS = ("step_count", "learned_at", "samples", "skipped_steps", "progress", "active")
+    _NUMBERS = ("step_count", "learned_at", "samples", "reference_weight", "skipped_steps", "progress", "active")
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""

@@ -8,6 +8,8 @@ import torch
 
 from .eigensolvers import EigSolver
 
+LEARNED = 4096  # steps whose ages are kept
+
 
 def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor | None, out: torch.Tensor) -> None:
     """Rows whose outer products add up to an estimate of Cov(mean) that does not mistake drift for noise.
@@ -83,6 +85,7 @@ class CovEstimator:
         self.row_steps: list[int] = []  # the step at which each buffered row came
         self.step = self.solved = 0  # steps seen, and how many of them when `solve` last ran
         self.sketch_step = 0  # the step that the sketch's eigenvalues are of
+        self.learned: list[tuple[int, int]] = []  # step and number of independent rows, of the newest LEARNED
 
     @property
     def basis(self) -> torch.Tensor:
@@ -122,11 +125,12 @@ class CovEstimator:
         grown[:, : self.stack.shape[1]] = self.stack
         self.stack = grown
 
-    def commit(self, rows: torch.Tensor, energy: torch.Tensor) -> None:
+    def commit(self, rows: torch.Tensor, energy: torch.Tensor, independent: int) -> None:
         """Count a step, and keep what was written into the `slot` for the next merge.
 
         Args:
             rows: (B, r, width) the slot. energy: (B,) Σ of their squares over all ranks.
+            independent: how many of the rows are independent of each other.
         """
         start = self.rank + len(self.row_steps)
         if rows.dtype != self.stack.dtype:
@@ -134,6 +138,12 @@ class CovEstimator:
         self.advance()
         self.running_trace = self.running_trace + energy
         self.row_steps += [self.step] * rows.shape[1]
+        self.learned = [*self.learned[-LEARNED + 1 :], (self.step, independent)]
+
+    def ages(self, held: bool = False) -> list[tuple[int, int]]:
+        """Age and number of independent rows of the steps learned from, newest first; without the newest if `held`."""
+        steps = self.learned[: len(self.learned) - held]
+        return [(self.step - step, count) for step, count in reversed(steps)]
 
     def advance(self) -> None:
         """Count a step; by itself, one that brings no rows."""
@@ -155,13 +165,14 @@ class CovEstimator:
         """
         self.solved = self.step
         self.trace = self.trace_before if hold_last else self.running_trace
+        now = self.step - (hold_last > 0)  # what the trace is of
+        past, self.sketch_step = self.values * self.decay ** (now - self.sketch_step), now
         used = len(self.row_steps) - hold_last
         if used <= 0:
+            self.values = past
             return
         end = self.rank + used
         held = self.stack[:, end : end + hold_last].clone()
-        now = self.row_steps[used - 1]
-        past = self.values * self.decay ** (now - self.sketch_step)
         ages = torch.tensor([now - step for step in self.row_steps[:used]], dtype=past.dtype, device=past.device)
         weights = torch.cat([past.sqrt(), (self.decay ** (ages / 2)).expand(len(past), -1)], dim=1)
         stack = self.stack[:, :end]
@@ -173,7 +184,6 @@ class CovEstimator:
             stack[:, : self.rank] = work[:, : self.rank]
         self.stack[:, self.rank : self.rank + hold_last] = held
         self.row_steps = self.row_steps[used:]
-        self.sketch_step = now
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only; the buffer without its free room."""
@@ -182,6 +192,7 @@ class CovEstimator:
             "values": self.values,
             "traces": torch.stack([self.trace, self.running_trace, self.trace_before]),
             "row_steps": list(self.row_steps),
+            "learned": [list(step) for step in self.learned],
             "numbers": [self.step, self.solved, self.sketch_step],
         }
 
@@ -199,4 +210,5 @@ class CovEstimator:
         self.values = state["values"].to(self.values, copy=True)
         self.trace, self.running_trace, self.trace_before = state["traces"].to(self.trace, copy=True)
         self.row_steps = list(state["row_steps"])
+        self.learned = [tuple(step) for step in state["learned"]]
         self.step, self.solved, self.sketch_step = state["numbers"]

@@ -36,8 +36,7 @@ def summarize(parts: list[NSPO2], batch_size: float = 1.0) -> dict[str, float]:
         norms = (raw * filtered) ** 0.5
         found["bias"] = max(0.0, 1 - dot / norms) if norms > 0 else 0.0
         found["alpha"], found["rank"] = alpha / count, rank / count
-    decay = parts[0].config.cov_momentum ** (1 / parts[0].share)  # from one step that is learned from to the next
-    return found | pool([part.signal for part in parts], decay, batch_size)
+    return found | pool([part.signal for part in parts], batch_size)
 
 
 def published(parts: list[NSPO2], skipped_steps: int) -> dict:

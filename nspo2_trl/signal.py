@@ -26,7 +26,8 @@ class SignalEstimate:
 
     def __init__(self, blocks: int, vectors: int, width: int, dtype: torch.dtype, device: torch.device):
         kind = {"dtype": dtype, "device": device}
-        self.history = torch.zeros(HISTORY, 2, blocks, **kind)  # a step: <mean, reference>, noise energy
+        # a step: <mean, reference>, noise energy, weight of the gradients in the reference
+        self.history = torch.zeros(HISTORY, 3, blocks, **kind)
         self.taken = torch.zeros(blocks, width, **kind)  # the filter at the window's start
         self.kept = torch.zeros(blocks, vectors, width, **kind)
         self.coords = torch.zeros(blocks, vectors, width, **kind)  # Σ mean in K over the window
@@ -34,15 +35,16 @@ class SignalEstimate:
         self.windows = torch.zeros(WINDOWS, blocks, **kind)  # a window: energy of E g that the filter removes
         self.steps = self.window_steps = self.window_single = self.window_count = 0
 
-    def add_step(self, product: torch.Tensor, energy: torch.Tensor | None) -> None:
+    def add_step(self, product: torch.Tensor, energy: torch.Tensor | None, weight: float) -> None:
         """Count a step.
 
         Args:
             product: (B,) inner product of the step's gradient with the running mean of earlier ones.
             energy: (B,) energy of the step's noise rows, None where it has none.
+            weight: what the gradients in the running mean weigh together, below 1 while it grows from 0.
         """
         energy = torch.zeros_like(product) if energy is None else energy
-        self.history[self.steps % HISTORY] = torch.stack([product, energy])
+        self.history[self.steps % HISTORY] = torch.stack([product, energy, torch.full_like(product, weight)])
         self.steps += 1
 
     def add_projected(self, head: ProjectionHead, mean: torch.Tensor, rows: torch.Tensor, single: bool) -> None:
@@ -86,19 +88,20 @@ class SignalEstimate:
             setattr(self, name, state[name])
 
 
-def pool(parts: list[SignalEstimate], decay: float, batch_size: float) -> dict[str, float]:
+def pool(parts: list[SignalEstimate], batch_size: float) -> dict[str, float]:
     """`noise_scale`, `signal_removed` and `signal_removed_se` over all blocks, each only where there is evidence.
 
     Args:
-        parts: of all groups of blocks. decay: of the running mean. batch_size: examples in one step's gradient.
+        parts: of all groups of blocks. batch_size: examples in one step's gradient.
     """
     count = min(min(part.steps, HISTORY) for part in parts)
     if count < MIN_STEPS:
         return {}
-    products, noise = sum(_newest(part.history, part.steps, count) for part in parts).T
-    steps = max(part.steps for part in parts)
-    weights = 1 - decay ** torch.arange(steps - count, steps, dtype=torch.float64)
-    signal = (products.sum() / weights.sum()).item()  # the running mean, still growing from 0, has these weights
+    products, noise, weights = sum(_newest(part.history, part.steps, count) for part in parts).T
+    weights = weights / sum(part.history.shape[2] for part in parts)
+    if weights.sum() <= 0:
+        return {}
+    signal = (products.sum() / weights.sum()).item()
     # the products are uncorrelated but for the small part that the running mean's own noise has in common
     error = ((products - signal * weights).square().sum().sqrt() / weights.sum()).item()
     if signal < 2 * error or signal <= 0:

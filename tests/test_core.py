@@ -11,6 +11,7 @@ from reference import Reference
 from nspo2_trl import NSPO2, NSPO2Config
 from nspo2_trl.covariance import mixture
 from nspo2_trl.metrics import reset_sums, summarize
+from nspo2_trl.samples import sample_share
 
 
 def config(**options):
@@ -330,6 +331,23 @@ def test_steps_of_one_sample_among_others_do_not_bias_the_noise_scale():
         samples = (signal + torch.randn(n, 60))[:, None, None]
         engine.step(samples, samples.mean(0))
     assert summarize([engine])["noise_scale"] == pytest.approx(60 / 4, rel=0.15)
+
+
+@pytest.mark.parametrize("update_freq", [2, 5, 10])
+@pytest.mark.parametrize("n", [2, 4, 6, 8, 16])
+def test_white_noise_is_not_significant_where_some_steps_are_left_out(n, update_freq):
+    """The eigenvalues, the trace and the edge are of the same samples, whichever steps those came from."""
+    torch.manual_seed(0)
+    options = {"min_rank": 0, "projection_rank": 16, "max_rank": 32, "cov_momentum": 0.97, "update_freq": update_freq}
+    engine, share, ranks = NSPO2(config(**options), share=sample_share(n)), sample_share(n), []
+    for step in range(60):
+        learns = int((step + 20) * share) > int((step + 19) * share)
+        samples = torch.randn(n, 8, 1, 4000) if learns else None
+        engine.step(samples, torch.randn(8, 1, 4000))
+        if engine.cov is not None:
+            ranks.append(engine.rank.float().mean().item())
+            assert (engine.cov.eigenvalues.sum(1) <= engine.cov.trace * 1.001).all() or not engine.cov.solved
+    assert sum(ranks) / len(ranks) < 0.2, ranks
 
 
 def test_factored_rows_of_one_sample_are_not_independent():

@@ -10,7 +10,7 @@ from nspo2_trl.eigensolvers import EigSolver
 def append(cov, rows):
     slot = cov.slot(rows.shape[1])
     slot.copy_(rows)
-    cov.commit(slot, rows.square().sum((1, 2)))
+    cov.commit(slot, rows.square().sum((1, 2)), independent=rows.shape[1])
 
 
 def rows_of(samples, mean, previous=None):

@@ -8,6 +8,11 @@ from hypothesis import strategies as st
 from nspo2_trl.strategies import _edge, limit_bias, noise_edge, select, significant_rank, split_rank
 
 
+def steady(steps, rows):
+    """Every step was learned from: (age, rows) of each."""
+    return [(age, rows) for age in range(steps)]
+
+
 def count_significant(seed, rows, steps, dim, decay, single, spikes=()):
     """Rank found in a decayed covariance of noise that is white but for `spikes` (variances of the first axes)."""
     torch.manual_seed(seed)
@@ -18,7 +23,7 @@ def count_significant(seed, rows, steps, dim, decay, single, spikes=()):
     weighted = (noise * (decay ** torch.arange(steps - 1, -1, -1.0)).sqrt()[:, None, None]).flatten(0, 1)
     small = weighted @ weighted.T if len(weighted) < dim else weighted.T @ weighted
     values = torch.linalg.eigvalsh(small.double()).flip(0)[None, :16]
-    edge = noise_edge(dim, min(16, dim // 2), steps, decay, rows, single)
+    edge = noise_edge(dim, min(16, dim // 2), steady(steps, rows), decay, single)
     return significant_rank(values, weighted.square().sum()[None], edge).item()
 
 
@@ -44,15 +49,16 @@ def test_a_spike_below_the_detection_edge_is_left_alone():
 @pytest.mark.parametrize("overlapping", [False, True])
 def test_the_edge_of_a_long_memory_is_found_fast_and_right(overlapping):
     """Beyond 256 steps several are taken as one; that hardly moves the edge, and decay 0.9999 is no trouble."""
-    coarse, fine = noise_edge(500, 4, 600, 0.99, 3, overlapping), _edge(500, 4, 600, 0.99, 3, overlapping)
+    ages, rows = zip(*steady(600, 3))
+    coarse, fine = noise_edge(500, 4, steady(600, 3), 0.99, overlapping), _edge(500, 4, ages, rows, 0.99, overlapping)
     assert torch.allclose(coarse, fine, rtol=0.02)
-    slow, slower = (noise_edge(500, 1, 10**6, decay, 3, overlapping).item() for decay in (0.999, 0.9999))
+    slow, slower = (noise_edge(500, 1, steady(10**5, 3), decay, overlapping).item() for decay in (0.999, 0.9999))
     assert 1 / 500 < slower < slow
 
 
 def test_the_edge_without_decay_is_marchenko_and_pastur():
     dim, rows = 400, 100
-    edge = noise_edge(dim, 1, 1, 0.0, rows, False).item()
+    edge = noise_edge(dim, 1, steady(1, rows), 0.0, False).item()
     plain = (math.sqrt(rows) + math.sqrt(dim)) ** 2 / (rows * dim)
     assert plain < edge < 1.1 * plain  # the Tracy-Widom margin comes on top
 
