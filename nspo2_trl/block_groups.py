@@ -198,16 +198,26 @@ class BlockGroups:
         unique = {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)}
         return sum(unique.values())
 
-    def state_dict(self) -> dict:
+    def state_dict(self, keep: bool = True) -> dict:
         """Tensors and plain numbers; the blocks' names are keys, so that other blocks are noticed.
 
-        Where ranks share the work, each must call it; it gives whole blocks, for any number of ranks to load.
+        Where ranks share the work, each must call it; it gives whole blocks, for any number of ranks to load, to
+        those that `keep` them.
         """
         groups = {}
         for i, group in enumerate(self.groups):
             groups[str(i)] = group.nspo2.state_dict()
-            if group.shards:
-                groups[str(i)] = _map_columns(groups[str(i)], lambda part, s=group.shards: s.gather(part).cpu())
+            if group.shards:  # block by block, so that no rank needs room for a second state on its device
+
+                def whole(part: torch.Tensor, shards=group.shards) -> torch.Tensor:
+                    found = []
+                    for block in part:
+                        block = shards.gather(block)
+                        if keep:
+                            found.append(block.cpu())
+                    return torch.stack(found) if keep else part
+
+                groups[str(i)] = _map_columns(groups[str(i)], whole)
         return {
             "groups": groups,
             "blocks": self._names(),

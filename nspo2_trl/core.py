@@ -13,7 +13,7 @@ import torch
 
 from .config import NSPO2Config, get_default_config
 from .covariance import CovEstimator, mixture, noise_rows
-from .eigensolvers import EigSolver, same
+from .eigensolvers import EigSolver, alone, same
 from .metrics import forget_filter, published, summarize
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
@@ -53,7 +53,8 @@ class NSPO2:
             config = get_default_config()
         self.config = NSPO2Config(**config)  # a copy: what was allocated for it must not change later
         self.sums_decay = self.config.cov_momentum if recent else 1.0
-        self.share, self.shards, self.total = share, shards, shards.sum if shards else same
+        self.share, self.shards = share, shards
+        self.total, self.spread = (shards.sum, shards.spread) if shards else (same, alone)
         self._shared_sentinel = sentinel
         self.reset()
 
@@ -109,7 +110,7 @@ class NSPO2:
             config.update_freq,
             config.cov_momentum,
             config.shrinkage,
-            EigSolver(config.eigensolver, config.epsilon, config.seed, self.total),
+            EigSolver(config.eigensolver, config.epsilon, config.seed, self.total, self.spread),
             samples=n,
             vectors=vectors,
             share=self.share,

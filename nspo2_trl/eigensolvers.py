@@ -16,7 +16,7 @@ EXACT_MAX_DIM = 4096
 _CHUNK = 1 << 13  # columns recombined at a time, so that no second copy of the rows is needed
 
 
-def _eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (B, N) and eigenvectors (B, N, N) of symmetric `matrix` (B, N, N), largest first.
 
     Solved in float64: on exactly singular matrices LAPACK's float32 driver was seen to underflow and return NaN.
@@ -41,6 +41,14 @@ def _recombine_(stack: torch.Tensor, coefficients: torch.Tensor) -> None:
     for start in range(0, stack.shape[2], _CHUNK):
         columns = stack[:, :, start : start + _CHUNK]
         columns[:, :k] = coefficients @ columns
+
+
+Spread = Callable[[Callable, torch.Tensor], tuple]  # has each rank do some of the matrices, see `Shards.spread`
+
+
+def alone(function: Callable, matrix: torch.Tensor) -> tuple:
+    """The [`Spread`] of one process."""
+    return function(matrix)
 
 
 def same(part: torch.Tensor) -> torch.Tensor:
@@ -103,9 +111,10 @@ def solve_gram(
     seed: int = 0,
     orthonormal: int = 0,
     total: Total = same,
+    spread: Spread = alone,
 ) -> torch.Tensor:
     """Eigenvectors through the N x N Gram matrix of the weighted rows (the method of snapshots, Sirovich 1987)."""
-    values, vectors = _eigh(_gram(stack, weights, orthonormal, total))
+    values, vectors = spread(eigh, _gram(stack, weights, orthonormal, total))
     return _from_left(stack, weights, values, vectors, k, epsilon, total)
 
 
@@ -117,6 +126,7 @@ def solve_randomized(
     seed: int = 0,
     orthonormal: int = 0,
     total: Total = same,
+    spread: Spread = alone,
 ) -> torch.Tensor:
     """Randomized subspace iteration with 8 more directions than asked for (Halko, Martinsson, Tropp 2011, alg. 4.4).
 
@@ -130,7 +140,7 @@ def solve_randomized(
     gram = _gram(stack, weights, orthonormal, total)
     for _ in range(3):
         left = torch.linalg.qr(gram @ left).Q
-    values, rotation = _eigh(left.mT @ gram @ left)
+    values, rotation = spread(eigh, left.mT @ gram @ left)
     return _from_left(stack, weights, values, left @ rotation, k, epsilon, total)
 
 
@@ -151,6 +161,7 @@ def solve_exact(
     seed: int = 0,
     orthonormal: int = 0,
     total: Total = same,
+    spread: Spread = alone,
 ) -> torch.Tensor:
     """Eigenvectors of the d x d covariance itself, for d up to `EXACT_MAX_DIM`.
 
@@ -160,7 +171,7 @@ def solve_exact(
     dim = stack.shape[2]
     check_exact(dim)
     weighted = stack * weights[:, :, None]
-    values, vectors = _eigh(weighted.mT @ weighted)
+    values, vectors = eigh(weighted.mT @ weighted)
     values = torch.nn.functional.pad(values, (0, max(0, k - dim)))[:, :k]
     vectors = torch.nn.functional.pad(vectors, (0, max(0, k - dim)))[:, :, :k]
     keep = values > epsilon * values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)
@@ -175,13 +186,20 @@ class EigSolver:
         method: `"gram"`, `"exact"` or `"randomized"`.
         epsilon: eigenvalues below this share of the largest one count as zero.
         seed: seed of the randomized method.
-        total: sums over the ranks that share the columns of a block.
+        total: sums over the ranks that share the columns of a block. spread: has each do a part of the small matrices.
     """
 
     _METHODS = {"gram": solve_gram, "exact": solve_exact, "randomized": solve_randomized}
 
-    def __init__(self, method: str = "gram", epsilon: float = 1e-6, seed: int = 42, total: Total = same):
-        self.method, self.epsilon, self.seed, self.total = method, epsilon, seed, total
+    def __init__(
+        self,
+        method: str = "gram",
+        epsilon: float = 1e-6,
+        seed: int = 42,
+        total: Total = same,
+        spread: Spread = alone,
+    ):
+        self.method, self.epsilon, self.seed, self.total, self.spread = method, epsilon, seed, total, spread
 
     def solve_(self, stack: torch.Tensor, weights: torch.Tensor, k: int, orthonormal: int = 0) -> torch.Tensor:
         """Write the top-k eigenvectors of Σ_i w_i² x_i x_iᵀ into the first k rows of `stack`.
@@ -195,4 +213,6 @@ class EigSolver:
         Returns:
             (B, k) eigenvalues, largest first, 0 for the zero rows.
         """
-        return self._METHODS[self.method](stack, weights, k, self.epsilon, self.seed, orthonormal, self.total)
+        return self._METHODS[self.method](
+            stack, weights, k, self.epsilon, self.seed, orthonormal, self.total, self.spread
+        )

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -35,9 +36,12 @@ class SampleCollector:
 
     - DDP: (W - 1)/W · D · (f n' + 1), where n' = n samples are exchanged, n - 1 for W = 2; the 1 is the filtered
       gradient that comes back. It is at most 1.8 (W - 1)/W · D; an all-reduce of the gradients sends 2 (W - 1)/W · D.
-    - FSDP2: (W - 1)/W · D · (f n + 2/W); nothing comes back but what a rank has of the gradient.
-    - Small sums, through all-reduces: for each block with m vectors, m (n W + 3) (k + 1) + 8 numbers a step with
-      k = `projection_rank`, and at an eigensolve (N + k') N of its N rows, of which k' = `max_rank` are directions.
+    - FSDP2: (W - 1)/W · D · (f n + 2/W); nothing comes back but what a rank has of the gradient. In update space the
+      parameters travel too: 4/W in place of 2/W.
+    - Small sums, through all-reduces, 2 (W - 1)/W of: for each block with m vectors m (n W + 3) (k + 1) + 3 numbers a
+      step, with k = `projection_rank`, and at an eigensolve of N rows, k' = `max_rank` of them directions,
+      (N - k') N + k'², and as much again for eigenvectors that come back. Little beside D where blocks have tens of
+      thousands of entries, as in models of a billion parameters; in a tiny model with m = 16 it can be more than D.
 
     Args:
         groups: the blocks to watch. model: where they are. accelerator: knows the loss scale of fp16.
@@ -71,9 +75,18 @@ class SampleCollector:
             if id(param) not in hooks:
                 continue
             if isinstance(param, DTensor):
+                self._refuse_wrapped(module)
                 self.handles.append(module.register_forward_pre_hook(_WhenWhole(name, hooks[id(param)], self.handles)))
             else:
                 self.handles.append(param.register_hook(hooks[id(param)]))
+
+    def _refuse_wrapped(self, owner: nn.Module) -> None:
+        wrapped = [module for module in self.model.modules() if isinstance(module, ParamWrapper)]
+        if any(owner is part for wrapper in wrapped for part in wrapper.modules()):
+            raise ValueError(
+                "NSPO2 cannot see the gradient samples of LoRA on single parameters under FSDP2: use `target_modules` "
+                "instead of `target_parameters` in the LoRA config, or DDP."
+            )
 
     def detach(self) -> None:
         for handle in self.handles:

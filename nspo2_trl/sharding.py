@@ -1,13 +1,15 @@
 """Shards: how the entries of equal blocks are spread over processes, and what travels between them.
 
-Every rank keeps the same columns of all blocks of a group, (B, m, d / W), and does the whole of NSPO2's work on them:
-inner products are summed over ranks, a few numbers a block, and everything else is local. State, scratch and work
-shrink with the number of ranks W, and as no number is computed twice, ranks cannot disagree.
+Every rank keeps the same columns of all blocks of a group, (B, m, d / W), and does NSPO2's work on them: inner
+products are summed over ranks, a few numbers a block, and everything else is local. State and work shrink with the
+number of ranks W; the samples of a step and the gradient are whole on each. Eigenvectors, whose signs are arbitrary,
+are found on one rank for each block, so that ranks of different hardware cannot disagree.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -40,10 +42,21 @@ class Shards:
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """All columns (…, d) of what each rank has (…, width) of. Sends (W - 1)/W of the result's entries a rank."""
+        return self._gather(part).unflatten(0, (self.ranks, -1)).movedim(0, -2).flatten(-2)[..., : self.dim]
+
+    def _gather(self, part: torch.Tensor) -> torch.Tensor:
+        """(W b, …): `part` (b, …) of all ranks, one after the other."""
         found = part.new_empty(self.ranks * part.shape[0], *part.shape[1:])
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         gather(found, part.contiguous(), group=self.group)
-        return found.unflatten(0, (self.ranks, -1)).movedim(0, -2).flatten(-2)[..., : self.dim]
+        return found
+
+    def spread(self, function: Callable, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`function(matrix)` of B matrices (B, …), which all ranks have: each does B/W of them."""
+        blocks, own = len(matrix), math.ceil(len(matrix) / self.ranks)
+        padded = torch.cat([matrix, matrix.new_zeros(own * self.ranks - blocks, *matrix.shape[1:])])
+        results = function(padded[self.rank * own : (self.rank + 1) * own])
+        return tuple(self._gather(result)[:blocks] for result in results)
 
     def exchange(self, full: torch.Tensor) -> torch.Tensor:
         """Of `full` (n, …, d), different on each rank, this rank's columns of all ranks': (W, n, …, width).

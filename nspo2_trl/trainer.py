@@ -17,6 +17,7 @@ from pickle import UnpicklingError
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainerCallback
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
@@ -113,7 +114,7 @@ class NSPO2Mixin:
         self.nspo2 = BlockGroups(
             blocks,
             self.args.nspo2_config(),
-            ranks=dist.group.WORLD if self.accelerator.num_processes > 1 else None,
+            ranks=dist.group.WORLD if self.accelerator.num_processes > 1 or self.is_fsdp_enabled else None,
             share=sample_share(micro_batches * self.accelerator.num_processes),
         )
         self.nspo2_samples = SampleCollector(self.nspo2, self.model, self.accelerator, micro_batches, self.nspo2_time)
@@ -157,7 +158,7 @@ class NSPO2Mixin:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.nspo2 is None:
             return
-        state = self.nspo2.state_dict()  # every rank has a part of it
+        state = self.nspo2.state_dict(keep=self.args.should_save)  # every rank has a part of it
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, NSPO2_STATE_NAME))
 
@@ -167,16 +168,20 @@ class NSPO2Mixin:
             return
         self._nspo2_follow()
         path = os.path.join(checkpoint, NSPO2_STATE_NAME)
+        reason = None
         try:
             self.nspo2.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
             reason = "it is not there" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        # all ranks must go on from the same state
+        failed = self.nspo2.total(torch.tensor(float(reason is not None), device=self.accelerator.device))
+        if failed > 0:
             self._nspo2_start()
             logger.warning(
                 "The NSPO2 state `%s` could not be used (%s): the noise estimate starts anew, the rest of the "
                 "checkpoint is restored.",
                 path,
-                reason,
+                reason or "another process could not read it",
             )
 
 
@@ -187,6 +192,11 @@ def _refuse_unsupported(accelerator) -> None:
         raise ValueError(
             "NSPO2 does not support FSDP1, which flattens parameters together: set `fsdp_version: 2` in the "
             f"Accelerate config. {use}"
+        )
+    if kind == DistributedType.FSDP and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "NSPO2 does not support FSDP2's offloading to the CPU: set `fsdp_offload_params: false` in the Accelerate "
+            f"config. {use}"
         )
     supported = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")
     if kind not in [DistributedType[name] for name in supported]:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nspo2_trl.eigensolvers import EXACT_MAX_DIM, EigSolver, _eigh
+from nspo2_trl.eigensolvers import EXACT_MAX_DIM, EigSolver, eigh
 
 METHODS = ["gram", "exact", "randomized"]
 
@@ -110,6 +110,6 @@ def test_singular_matrix_that_makes_float32_lapack_underflow():
     ]
     place = torch.tensor([0, 1, 2, 24, 25])
     gram[place[:, None], place] = torch.tensor(small)
-    values, vectors = _eigh(gram[None])
+    values, vectors = eigh(gram[None])
     assert torch.isfinite(values).all() and torch.isfinite(vectors).all()
     assert torch.allclose(values[0, :5].sum(), gram.trace(), rtol=1e-3)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from nspo2_trl.eigensolvers import eigh
 from nspo2_trl.sharding import LocalParts, Shards, _bounds
 
 
@@ -33,6 +34,12 @@ def test_columns_are_cut_padded_and_gathered():
     assert torch.equal(shards.sum(full), full)
     shards.ranks, shards.width, shards.rank = 3, 3, 2  # what the third of three ranks has of seven columns
     assert torch.equal(shards.cut(full), torch.nn.functional.pad(full[..., 6:], (0, 2)))
+
+
+def test_ranks_share_the_small_matrices():
+    shards, matrix = Shards(4), torch.randn(5, 3, 3, dtype=torch.float64)
+    values, vectors = shards.spread(eigh, matrix @ matrix.mT)
+    assert torch.equal(values, eigh(matrix @ matrix.mT)[0]) and vectors.shape == (5, 3, 3)
 
 
 def test_parameters_move_to_their_columns_and_back():

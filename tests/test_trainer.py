@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from conftest import FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -493,6 +494,13 @@ def test_unusable_data_is_refused(make_trainer, rows, message):
 def test_unsupported_launches_are_refused(kind, words):
     with pytest.raises(ValueError, match=f"NSPO2 does not support .*{words}.*accelerate launch --multi_gpu"):
         _refuse_unsupported(SimpleNamespace(distributed_type=kind, is_fsdp2=False))
+
+
+def test_fsdp_offloading_is_refused():
+    plugin = SimpleNamespace(cpu_offload=CPUOffloadPolicy())
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    with pytest.raises(ValueError, match="fsdp_offload_params: false"):
+        _refuse_unsupported(SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state))
 
 
 def test_other_parallelism_and_mps_are_refused():

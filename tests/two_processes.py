@@ -56,6 +56,10 @@ def count_traffic(counts: dict) -> None:
     wrap("all_to_all_single", lambda out, part, *_: share * part.numel())
 
 
+def unreadable(state: dict) -> None:
+    raise OSError("a disk of this rank's own")
+
+
 class Kill(TrainerCallback):
     """SIGKILL for the last rank, after a step."""
 
@@ -78,6 +82,7 @@ def whole(param: torch.Tensor) -> torch.Tensor:
 def main(out: str, options: str, resume: str | None = None) -> None:
     args = {"output_dir": out} | ARGS | {"train_sampling_strategy": "sequential"} | json.loads(options)
     processes, nan_rank, kill_after = args.pop("processes"), args.pop("nan_rank", None), args.pop("kill_after", None)
+    unreadable_on = args.pop("unreadable_on", None)
     fsdp, lora = args.pop("fsdp", False), LORA | args.pop("lora", {})
     if fsdp:
         os.environ.update(FSDP2)
@@ -110,6 +115,8 @@ def main(out: str, options: str, resume: str | None = None) -> None:
     trainer = Run(MODEL, args=config, train_dataset=data, peft_config=LoraConfig(**lora))
     assert trainer.accelerator.num_processes == processes, trainer.accelerator.num_processes
     assert trainer.is_fsdp_enabled == fsdp
+    if unreadable_on == config.process_index:
+        trainer.nspo2.load_state_dict = unreadable
     if kill_after:
         trainer.add_callback(Kill(kill_after))
     sent = {}
