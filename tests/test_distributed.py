@@ -167,6 +167,15 @@ def test_one_rank_that_cannot_read_the_state_lets_all_start_anew(launch, tmp_pat
 
 
 @pytest.mark.slow
+def test_single_parameters_under_fsdp_are_refused(tmp_path):
+    """PEFT reads such adapters without calling them, so that nothing tells when FSDP2 has made them whole."""
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]}
+    with pytest.raises(AssertionError):
+        run(tmp_path / "out", 2, lora=lora, **LAUNCHES["fsdp"][1])
+    assert "use `target_modules` instead of `target_parameters`" in (tmp_path / "out/log").read_text()
+
+
+@pytest.mark.slow
 def test_one_micro_batch_on_each_of_two_ranks(tmp_path):
     """Nothing has to travel to know the other's sample: it follows from the gradient."""
     one = run(tmp_path / "one", 1, **(SAME | {"gradient_accumulation_steps": 2}))
