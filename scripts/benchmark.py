@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -50,28 +51,25 @@ def grid(options: argparse.Namespace, names: list[str]) -> list[dict]:
     return cells
 
 
-def run_overhead(options: argparse.Namespace, recipe: list[str]) -> list[dict]:
+def run_overhead(options: argparse.Namespace, recipe: list[str]) -> Iterator[dict]:
     if "--config" in recipe:
         recipe = [*recipe, "--eval_strategy", "no"] + (["--use_cpu", "true"] if options.use_cpu else [])
         make = lambda enabled: build(*parse([*recipe, "--nspo2_enabled", str(enabled)]))  # noqa: E731
-        return [{"label": recipe[recipe.index("--config") + 1]} | overhead.measure(make, options.steps, "recipe")]
+        yield {"label": recipe[recipe.index("--config") + 1]} | overhead.measure(make, options.steps, "recipe")
+        return
     if recipe:
         raise SystemExit(f"error: unknown arguments {' '.join(recipe)}; a recipe needs `--config`.")
-    found = []
     for cell in grid(options, ["sizes", "lora_r", "covariance", "update_freq"]):
         make = lambda enabled, c=cell: overhead.sized_trainer(c, options.length, options.use_cpu, enabled)  # noqa: E731
-        found.append(cell | overhead.measure(make, options.steps, cell["label"]))
-    return found
+        yield cell | overhead.measure(make, options.steps, cell["label"])
 
 
-def run_sizes(options: argparse.Namespace) -> list[dict]:
+def run_sizes(options: argparse.Namespace) -> Iterator[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu")
-    found = []
     for cell in grid(options, ["sizes", "lora_r", "covariance", "projection_rank", "update_freq", "basis_dtype"]):
         cell |= sizes.measure(cell, options.micro_batches, device)
         cell["h100"] = sizes.estimate(cell["model"], cell, cell["update_freq"])
-        found.append(cell)
-    return found
+        yield cell
 
 
 def main() -> None:
@@ -91,19 +89,19 @@ def main() -> None:
     options, recipe = parser.parse_known_args()
     hf_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    if options.command == "overhead":
-        cells, table = run_overhead(options, recipe), overhead.table
-    else:
-        cells, table = run_sizes(options), sizes.table
+    device, cells = device_name(options.use_cpu), []
+    path = Path(options.out or f"out/{options.command}.json")
+    for cell in run_overhead(options, recipe) if options.command == "overhead" else run_sizes(options):
+        cells.append(cell)
+        if PartialState(cpu=options.use_cpu).is_main_process:  # what was measured stays, should the rest be cut off
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"device": device, "torch": torch.__version__, "cells": cells}, indent=1))
     if not PartialState(cpu=options.use_cpu).is_main_process:
         return
-    device = device_name(options.use_cpu)
+    table = overhead.table if options.command == "overhead" else sizes.table
     console = Console()
     console.width = max(console.width, 150)  # a table that is cut helps nobody
     console.print(table(cells, device))
-    path = Path(options.out or f"out/{options.command}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device, "torch": torch.__version__, "cells": cells}, indent=1))
     print(f"All figures: {path}")
 
 
