@@ -82,7 +82,7 @@ def launch(tmp_path_factory):
 
 
 SLOW = [
-    pytest.param({"optim": "sgd", "learning_rate": 0.05}, marks=pytest.mark.slow),
+    pytest.param({"optim": "sgd", "learning_rate": 0.5}, marks=pytest.mark.slow),
     pytest.param({"nspo2_covariance": "factored"}, marks=pytest.mark.slow),
     pytest.param({"nspo2_apply_to": "update"}, marks=pytest.mark.slow),
     pytest.param({"nspo2_eigensolver": "randomized", "nspo2_basis_dtype": "bfloat16"}, marks=pytest.mark.slow),
