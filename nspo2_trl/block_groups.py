@@ -89,7 +89,7 @@ class BlockGroups:
 
         The second of a run is the first: before, lora_B is 0 and so are the gradients of lora_A.
         """
-        step = self.parts[0].step_count + math.ceil(1 / self.share) - 1
+        step = self.groups[0].nspo2.step_count + math.ceil(1 / self.share) - 1
         return int(step * self.share) > int((step - 1) * self.share)
 
     @torch.no_grad()
@@ -207,17 +207,8 @@ class BlockGroups:
         groups = {}
         for i, group in enumerate(self.groups):
             groups[str(i)] = group.nspo2.state_dict()
-            if group.shards:  # block by block, so that no rank needs room for a second state on its device
-
-                def whole(part: torch.Tensor, shards=group.shards) -> torch.Tensor:
-                    found = []
-                    for block in part:
-                        block = shards.gather(block)
-                        if keep:
-                            found.append(block.cpu())
-                    return torch.stack(found) if keep else part
-
-                groups[str(i)] = _map_columns(groups[str(i)], whole)
+            if group.shards:
+                groups[str(i)] = _map_columns(groups[str(i)], lambda part, s=group.shards: s.whole(part, keep))
         return {
             "groups": groups,
             "blocks": self._names(),

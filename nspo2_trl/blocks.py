@@ -90,11 +90,10 @@ class Group:
             size = len(self.names) * self.shape[0] * self.shape[1]
             positions = torch.arange(size, device=self.device).view(len(self.names), *self.shape)
             self.moves = LocalParts(self.shards, self.views_of(positions), [place.param for place in self.places])
-            self.grad = self.buffer(width=self.shards.width)
         else:
             self.full = self.buffer()
             self.views = self.views_of(self.full)
-            self.grad = self.shards.cut(self.full).contiguous() if self.shards else self.full
+        self.grad = self.buffer(width=self.shards.width) if self.shards else self.full
         # `grad` is the step's gradient; in update space, afterwards the change of the parameters
         self.before = torch.zeros_like(self.grad) if self.config.apply_to == "update" else None
 

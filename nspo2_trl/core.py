@@ -121,8 +121,8 @@ class NSPO2:
         self.reference = torch.zeros(blocks, vectors, width, **kind)  # running mean of raw gradients
         self.previous: torch.Tensor | None = None  # the last step's gradient, where a step has one sample
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
-        width = min(config.projection_rank + 1, self.cov.rank)
-        self.signal = SignalEstimate(blocks, vectors, width, **kind)
+        directions = min(config.projection_rank + 1, self.cov.rank)
+        self.signal = SignalEstimate(blocks, vectors, directions, **kind)
         self.sums = torch.zeros(8, dtype=torch.float64, device=like.device)  # see `metrics.summarize`
 
     # ---- the filter in force ----

@@ -10,10 +10,21 @@ from collections.abc import Callable
 
 import torch
 
-Total = Callable[[torch.Tensor], torch.Tensor]  # sums over the ranks that share the columns of a block
-
 EXACT_MAX_DIM = 4096
 _CHUNK = 1 << 13  # columns recombined at a time, so that no second copy of the rows is needed
+
+Total = Callable[[torch.Tensor], torch.Tensor]  # sums over the ranks that share the columns of a block
+Spread = Callable[[Callable, torch.Tensor], tuple]  # has each rank do some of the matrices, see `Shards.spread`
+
+
+def alone(function: Callable, matrix: torch.Tensor) -> tuple:
+    """The [`Spread`] of one process."""
+    return function(matrix)
+
+
+def same(part: torch.Tensor) -> torch.Tensor:
+    """The [`Total`] of one process that has all columns."""
+    return part
 
 
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,19 +52,6 @@ def _recombine_(stack: torch.Tensor, coefficients: torch.Tensor) -> None:
     for start in range(0, stack.shape[2], _CHUNK):
         columns = stack[:, :, start : start + _CHUNK]
         columns[:, :k] = coefficients @ columns
-
-
-Spread = Callable[[Callable, torch.Tensor], tuple]  # has each rank do some of the matrices, see `Shards.spread`
-
-
-def alone(function: Callable, matrix: torch.Tensor) -> tuple:
-    """The [`Spread`] of one process."""
-    return function(matrix)
-
-
-def same(part: torch.Tensor) -> torch.Tensor:
-    """The [`Total`] of one process that has all columns."""
-    return part
 
 
 def _orthonormalize_(basis: torch.Tensor, keep: torch.Tensor, total: Total) -> torch.Tensor:
@@ -103,80 +101,13 @@ def _gram(stack: torch.Tensor, weights: torch.Tensor, orthonormal: int, total: T
     return torch.cat([left, right], 2) * weights[:, :, None] * weights[:, None, :]
 
 
-def solve_gram(
-    stack: torch.Tensor,
-    weights: torch.Tensor,
-    k: int,
-    epsilon: float,
-    seed: int = 0,
-    orthonormal: int = 0,
-    total: Total = same,
-    spread: Spread = alone,
-) -> torch.Tensor:
-    """Eigenvectors through the N x N Gram matrix of the weighted rows (the method of snapshots, Sirovich 1987)."""
-    values, vectors = spread(eigh, _gram(stack, weights, orthonormal, total))
-    return _from_left(stack, weights, values, vectors, k, epsilon, total)
-
-
-def solve_randomized(
-    stack: torch.Tensor,
-    weights: torch.Tensor,
-    k: int,
-    epsilon: float,
-    seed: int = 0,
-    orthonormal: int = 0,
-    total: Total = same,
-    spread: Spread = alone,
-) -> torch.Tensor:
-    """Randomized subspace iteration with 8 more directions than asked for (Halko, Martinsson, Tropp 2011, alg. 4.4).
-
-    It has its own generator: the random numbers of the training run stay as they are.
-    """
-    blocks, n, _ = stack.shape
-    q = min(n, k + 8)
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    probe = torch.randn(n, q, generator=generator, dtype=torch.float64).to(stack)
-    left = probe.expand(blocks, n, q)
-    gram = _gram(stack, weights, orthonormal, total)
-    for _ in range(3):
-        left = torch.linalg.qr(gram @ left).Q
-    values, rotation = spread(eigh, left.mT @ gram @ left)
-    return _from_left(stack, weights, values, left @ rotation, k, epsilon, total)
-
-
 def check_exact(dim: int) -> None:
-    """Raise `ValueError` where blocks of `dim` entries are too large for `solve_exact`."""
+    """Raise `ValueError` where blocks of `dim` entries are too large for the `exact` method."""
     if dim > EXACT_MAX_DIM:
         raise ValueError(
             f"`eigensolver='exact'` builds a {dim} x {dim} matrix; it takes blocks of up to {EXACT_MAX_DIM} entries. "
             "Use `eigensolver='gram'`."
         )
-
-
-def solve_exact(
-    stack: torch.Tensor,
-    weights: torch.Tensor,
-    k: int,
-    epsilon: float,
-    seed: int = 0,
-    orthonormal: int = 0,
-    total: Total = same,
-    spread: Spread = alone,
-) -> torch.Tensor:
-    """Eigenvectors of the d x d covariance itself, for d up to `EXACT_MAX_DIM`.
-
-    Raises:
-        ValueError: the blocks are larger than that.
-    """
-    dim = stack.shape[2]
-    check_exact(dim)
-    weighted = stack * weights[:, :, None]
-    values, vectors = eigh(weighted.mT @ weighted)
-    values = torch.nn.functional.pad(values, (0, max(0, k - dim)))[:, :k]
-    vectors = torch.nn.functional.pad(vectors, (0, max(0, k - dim)))[:, :, :k]
-    keep = values > epsilon * values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)
-    stack[:, :k] = torch.where(keep[:, :, None], vectors.mT, 0.0)
-    return torch.where(keep, values, 0.0)
 
 
 class EigSolver:
@@ -188,8 +119,6 @@ class EigSolver:
         seed: seed of the randomized method.
         total: sums over the ranks that share the columns of a block. spread: has each do a part of the small matrices.
     """
-
-    _METHODS = {"gram": solve_gram, "exact": solve_exact, "randomized": solve_randomized}
 
     def __init__(
         self,
@@ -212,7 +141,42 @@ class EigSolver:
 
         Returns:
             (B, k) eigenvalues, largest first, 0 for the zero rows.
+
+        Raises:
+            ValueError: the blocks are too large for the `exact` method.
         """
-        return self._METHODS[self.method](
-            stack, weights, k, self.epsilon, self.seed, orthonormal, self.total, self.spread
-        )
+        solve_ = {"gram": self._gram_, "exact": self._exact_, "randomized": self._randomized_}[self.method]
+        return solve_(stack, weights, k, orthonormal)
+
+    def _gram_(self, stack: torch.Tensor, weights: torch.Tensor, k: int, orthonormal: int) -> torch.Tensor:
+        """Through the N x N Gram matrix of the weighted rows (the method of snapshots, Sirovich 1987)."""
+        values, vectors = self.spread(eigh, _gram(stack, weights, orthonormal, self.total))
+        return _from_left(stack, weights, values, vectors, k, self.epsilon, self.total)
+
+    def _randomized_(self, stack: torch.Tensor, weights: torch.Tensor, k: int, orthonormal: int) -> torch.Tensor:
+        """Subspace iteration with 8 more directions than asked for (Halko, Martinsson, Tropp 2011, alg. 4.4).
+
+        It has its own generator: the random numbers of the training run stay as they are.
+        """
+        blocks, n, _ = stack.shape
+        q = min(n, k + 8)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        probe = torch.randn(n, q, generator=generator, dtype=torch.float64).to(stack)
+        left = probe.expand(blocks, n, q)
+        gram = _gram(stack, weights, orthonormal, self.total)
+        for _ in range(3):
+            left = torch.linalg.qr(gram @ left).Q
+        values, rotation = self.spread(eigh, left.mT @ gram @ left)
+        return _from_left(stack, weights, values, left @ rotation, k, self.epsilon, self.total)
+
+    def _exact_(self, stack: torch.Tensor, weights: torch.Tensor, k: int, orthonormal: int) -> torch.Tensor:
+        """Of the d x d covariance itself, for d up to `EXACT_MAX_DIM`."""
+        dim = stack.shape[2]
+        check_exact(dim)
+        weighted = stack * weights[:, :, None]
+        values, vectors = eigh(weighted.mT @ weighted)
+        values = torch.nn.functional.pad(values, (0, max(0, k - dim)))[:, :k]
+        vectors = torch.nn.functional.pad(vectors, (0, max(0, k - dim)))[:, :, :k]
+        keep = values > self.epsilon * values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)
+        stack[:, :k] = torch.where(keep[:, :, None], vectors.mT, 0.0)
+        return torch.where(keep, values, 0.0)

@@ -58,7 +58,7 @@ class SampleCollector:
         self.slot = 0
         self.buffers: list[torch.Tensor] = []  # a group: (slots, B, m, d)
         self.views: list[list[list[torch.Tensor]]] = []  # [group][slot][place]
-        self._touched = False
+        self._touched = self._sampled = False  # whether a gradient came in this step; whether it was kept
 
     def attach(self) -> None:
         self.detach()
@@ -91,12 +91,14 @@ class SampleCollector:
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles, self.buffers, self.views, self.slot, self._touched = [], [], [], 0, False
+        self.handles, self.buffers, self.views, self.slot = [], [], [], 0
+        self._touched = self._sampled = False
 
     def _hook(self, group: int, place: int) -> Callable[[torch.Tensor], None]:
         def keep(grad: torch.Tensor) -> None:
             self._touched = True
             if self.groups.learns:
+                self._sampled = True
                 with self.stopwatch:
                     self.views[group][self.slot][place].add_(grad)
 
@@ -159,9 +161,10 @@ class SampleCollector:
 
     def release(self) -> None:
         """Forget the step's samples."""
-        for buffer in self.buffers:
-            buffer[: self.slot + 1].zero_()
-        self.slot, self._touched = 0, False
+        if self._sampled:
+            for buffer in self.buffers:
+                buffer[: self.slot + 1].zero_()
+        self.slot, self._touched, self._sampled = 0, False, False
 
 
 def _owners(model: nn.Module):

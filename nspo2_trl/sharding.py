@@ -36,13 +36,26 @@ class Shards:
         return part
 
     def cut(self, full: torch.Tensor) -> torch.Tensor:
-        """This rank's columns (…, width) of `full` (…, d)."""
+        """This rank's columns (…, width) of `full` (…, d): a view, or a copy where they are padded."""
         part = full[..., self.rank * self.width : (self.rank + 1) * self.width]
-        return pad(part, (0, self.width - part.shape[-1]))
+        missing = self.width - part.shape[-1]
+        return pad(part, (0, missing)) if missing else part
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """All columns (…, d) of what each rank has (…, width) of. Sends (W - 1)/W of the result's entries a rank."""
         return self._gather(part).unflatten(0, (self.ranks, -1)).movedim(0, -2).flatten(-2)[..., : self.dim]
+
+    def whole(self, part: torch.Tensor, keep: bool) -> torch.Tensor:
+        """`gather` of (B, …, width) to the host, block by block, so that the device needs no room for all of it.
+
+        Every rank must call it; those that do not `keep` the result get `part` back.
+        """
+        blocks = []
+        for block in part:
+            block = self.gather(block)
+            if keep:
+                blocks.append(block.cpu())
+        return torch.stack(blocks) if keep else part
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
         """(W b, …): `part` (b, …) of all ranks, one after the other."""

@@ -109,7 +109,7 @@ class NSPO2Mixin:
     def _nspo2_start(self) -> None:
         """A noise estimate that knows nothing yet, of the parameters as they are now."""
         blocks = lora_blocks(self.model)
-        self._nspo2_others = [p for p in params_outside(blocks, self.model.parameters()) if p.requires_grad]
+        self._nspo2_others = params_outside(blocks, self._nspo2_trained())
         micro_batches = self.args.gradient_accumulation_steps
         self.nspo2 = BlockGroups(
             blocks,

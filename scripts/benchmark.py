@@ -7,7 +7,7 @@
 `overhead`: two trainers, with `nspo2_enabled` true and false, take turns step by step on the same batches: forward and
 backward passes, clipping, optimizer. With a recipe, or on randomly initialised models of the sizes of public ones. It
 gives the ratio of step times, and which part of NSPO2 takes what, by clocks inside it. With
-`torchrun --nproc_per_node 2` in place of `python` it is DDP (on a CPU add `--use_cpu true`).
+`torchrun --nproc_per_node 2` in place of `python` it is DDP (on a CPU add `--use_cpu`).
 
 `sizes`: no model, only the adapters of one, with random gradients: bytes of state and scratch, time of each kind of
 step, and from the memory traffic that was counted an estimate of the time on an H100.

@@ -1,6 +1,8 @@
 """Shared pieces: the quick start's model and pairs, which the project made itself, and tiny trainers on them."""
 
 import os
+import signal
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -83,3 +85,20 @@ def assert_same(first: dict, second: dict) -> None:
     assert first.keys() == second.keys() and first
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def launch_and_log(command: list[str], log: Path, timeout: int) -> str:
+    """Run `command` from the repository's root and return what it wrote; after `timeout` seconds it is killed.
+
+    Runs of several gloo processes were seen to hang at exit, when all is done.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    return log.read_text()

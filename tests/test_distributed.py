@@ -1,15 +1,13 @@
 """DDP and FSDP2 on this machine's CPU. Every launch has a time limit: such runs were seen to hang at exit."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import launch_and_log
 
 SCRIPT = str(Path(__file__).parent / "two_processes.py")
 
@@ -25,17 +23,8 @@ def run(out: Path, processes: int, resume: Path | None = None, **options) -> dic
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command = [*launcher, "--master_port", str(port), SCRIPT]
     command += [str(out), json.dumps(options | {"processes": processes}), *([str(resume)] if resume else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["DS_ACCELERATOR"] = "cpu"
-    with open(out / "log", "w+") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            process.wait(timeout=240 if "deepspeed" in options else 120)  # the first time it compiles something
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-    output = (out / "log").read_text()
+    # the first time DeepSpeed compiles something
+    output = launch_and_log(command, out / "log", timeout=240 if "deepspeed" in options else 120)
     assert (out / "result.pt").is_file(), output[-4000:]
     return torch.load(out / "result.pt", weights_only=True)
 

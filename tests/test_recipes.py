@@ -1,13 +1,10 @@
 """The launch configs: each parses with Accelerate's own parser, and the one for two CPU processes runs."""
 
-import os
-import signal
-import subprocess
 import sys
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT
+from conftest import ROOT, launch_and_log
 
 CONFIGS = sorted((ROOT / "recipes/accelerate_configs").glob("*.yaml"))
 
@@ -37,19 +34,6 @@ def test_the_two_process_config_runs(tmp_path):
         "--output_dir",
         str(tmp_path),
     ]
-    with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout=150)
-        except subprocess.TimeoutExpired:  # such runs were seen to hang at exit, when all is done
-            os.killpg(process.pid, signal.SIGKILL)
-    output = (tmp_path / "log").read_text()
+    output = launch_and_log(command, tmp_path / "log", timeout=150)
     assert "NSPO2, mean of what was logged" in output and "nspo2/variance_reduction" in output, output[-3000:]
     assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -114,14 +114,15 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
         elif step > 0:
             kinds[kind].append(seconds)
     parts, learn = groups.parts, groups.share - 1 / config.update_freq
+    state = sum(part.cov.stack.nbytes + part.reference.nbytes for part in parts)
     shares = {"filter": 1 - groups.share, "learn": learn, "solve": 1 / config.update_freq}
     return {
         "entries": entries,
         "blocks": len(blocks),
         "adamw_mib": 8 * entries / 2**20,
         "basis_mib": sum(part.cov.basis.numel() * part.cov.stack.element_size() for part in parts) / 2**20,
-        "state_mib": sum(part.cov.stack.nbytes + part.reference.nbytes for part in parts) / 2**20,
-        "scratch_mib": (groups.state_bytes - sum(p.cov.stack.nbytes + p.reference.nbytes for p in parts)) / 2**20,
+        "state_mib": state / 2**20,
+        "scratch_mib": (groups.state_bytes - state) / 2**20,
         "samples_mib": sum(buffer.nbytes for buffer in samples) / 2**20,
         "ms": {kind: 1000 * statistics.median(values) if values else None for kind, values in kinds.items()},
         "gib_moved": {kind: value / 2**30 for kind, value in bytes_.items()},
