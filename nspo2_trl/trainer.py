@@ -25,6 +25,7 @@ from trl.trainer.utils import get_config_model_id
 from .adapters import lora_blocks
 from .block_groups import BlockGroups, any_bad, entries
 from .blocks import params_outside
+from .data import check_preferences
 from .deepspeed import unwrap_step, whole_params, wrap_step
 from .dpo_config import NSPO2DPOConfig
 from .samples import SampleCollector, sample_share
@@ -206,23 +207,6 @@ def _refuse_unsupported(accelerator) -> None:
         raise ValueError(f"NSPO2 does not support tensor, context or sequence parallelism. {use}")
     if accelerator.device.type == "mps":
         raise ValueError("NSPO2 needs float64 for its small matrices, which MPS does not have: set `use_cpu=True`.")
-
-
-def check_preferences(dataset, name: str = "train_dataset") -> None:
-    """Refuse a dataset that DPO cannot learn from, before a model is loaded.
-
-    Raises:
-        ValueError: it is empty, or has no `chosen` and `rejected`.
-    """
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The dataset `{name}` is empty: DPO needs rows with `chosen` and `rejected`.")
-    missing = [f"`{column}`" for column in ("chosen", "rejected") if column not in first]
-    if missing and "chosen_ids" not in first:
-        raise ValueError(
-            f"The dataset `{name}` has no column {' and '.join(missing)}, it has {', '.join(first)}. DPO needs pairs: "
-            "`chosen` and `rejected`, and perhaps `prompt`."
-        )
 
 
 class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):

@@ -32,7 +32,8 @@ from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench import overhead, sizes
-from train import build, parse
+
+from nspo2_trl.train import build, parse
 
 
 def device_name(use_cpu: bool) -> str:

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from nspo2_trl import create_nspo2_optimizer, get_default_config
-from nspo2_trl.report import Run, table, write_page
+from nspo2_trl.comparison import Run, table, write_page
 
 METHODS = ["plain", "noise", "keep", "hybrid"]
 
@@ -68,9 +68,9 @@ def quadratic(method: str, seed: int, steps: int, inside: bool, dim: int = 200, 
 
 def recipe(method: str, seed: int, options: list[str], folder: Path) -> Run:
     """One run of a recipe through the trainer, with the held-out figures where there are some."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from train import build, parse
     from transformers import TrainerCallback
+
+    from nspo2_trl.train import build, parse
 
     class Spectrum(TrainerCallback):
         def on_log(self, args, state, control, **kwargs):

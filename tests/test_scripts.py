@@ -11,10 +11,7 @@ from conftest import ROOT, SHARED
 from datasets import Dataset, DatasetDict
 from trl import DPOTrainer
 
-from nspo2_trl import NSPO2DPOTrainer
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import train
+from nspo2_trl import NSPO2DPOTrainer, train
 
 RECIPE = str(ROOT / "recipes/quickstart/dpo.yaml")
 
