@@ -232,7 +232,10 @@ def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(NSPO2DPOTrainer, "_nspo2_end_step", interrupt)
     with pytest.raises(SystemExit) as stopped:
         train.main(command(tmp_path, "--save_steps", "2", "--eval_strategy", "no", steps=6))
-    assert "Interrupted after step 3: add `--resume_from_checkpoint true` to go on from" in stopped.value.code
+    assert (
+        "Interrupted after step 3: add `--resume_from_checkpoint true` to the same command to go on from"
+        in stopped.value.code
+    )
     assert stopped.value.code.endswith("checkpoint-2.")
 
 
