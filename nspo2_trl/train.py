@@ -171,7 +171,7 @@ def build(script_args, args, model_args, mixture) -> NSPO2DPOTrainer:
         **(args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = splits(script_args, args, mixture)
-    return NSPO2DPOTrainer(
+    trainer = NSPO2DPOTrainer(
         model_args.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
@@ -179,6 +179,13 @@ def build(script_args, args, model_args, mixture) -> NSPO2DPOTrainer:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise ValueError(
+                f"No row of the {name} set is left: each prompt alone has `max_length` ({args.max_length}) tokens or "
+                "more. Raise `max_length`."
+            )
+    return trainer
 
 
 def report(trainer: NSPO2DPOTrainer) -> None:
