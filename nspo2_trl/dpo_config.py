@@ -113,6 +113,6 @@ class NSPO2DPOConfig(NSPO2Arguments, DPOConfig):
         ValueError: an `nspo2_` option is out of range; the message names it and says what it must be.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self.nspo2_options(), prefix="nspo2_")
         super().__post_init__()

@@ -27,7 +27,7 @@ class Stopwatch:
             self.start = time.perf_counter()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.cuda:
             self.events[-1][1].record()
         else:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sized
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     DatasetMixtureConfig,
@@ -53,8 +54,9 @@ def parse(argv: list[str]) -> tuple:
         ValueError: a key of the YAML file that no field has, or a bad value.
         FileNotFoundError: the YAML file is missing.
     """
-    parser = TrlParser((NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig))
-    parser.error = _raise  # one sentence, not pages of usage
+    kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
+    parser = TrlParser(kinds)  # type: ignore[arg-type]  # Transformers' name for a dataclass type is none
+    parser.error = _raise  # type: ignore[method-assign]  # one sentence, not pages of usage
     if not argv:
         raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -83,7 +85,7 @@ def parse(argv: list[str]) -> tuple:
     return script_args, args, model_args, mixture
 
 
-def _check_keys(path: Path, parser: HfArgumentParser) -> None:
+def _check_keys(path: Path, parser: TrlParser) -> None:
     recipe = yaml.safe_load(path.read_text())
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
@@ -93,7 +95,7 @@ def _check_keys(path: Path, parser: HfArgumentParser) -> None:
             raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
 
 
-def _raise(message: str) -> None:
+def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
@@ -106,7 +108,7 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
         return wanted
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    found = get_last_checkpoint(args.output_dir) if args.output_dir and Path(args.output_dir).is_dir() else None
     if found is None:
         raise ValueError(
             f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
@@ -117,9 +119,13 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
 # ---- the run ----
 
 
-def build(script_args, args, model_args, mixture) -> NSPO2DPOTrainer:
+def build(
+    script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig
+) -> NSPO2DPOTrainer:
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
+    # `parse` asks for the one, and TRL reads the other where it is a string
+    assert model_args.model_name_or_path is not None and not isinstance(args.model_init_kwargs, str)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
@@ -143,7 +149,7 @@ def report(trainer: NSPO2DPOTrainer) -> None:
     history, console = trainer.state.log_history, Console()
     evals = [entry for entry in history if "eval_loss" in entry]
     if evals:
-        size = len(trainer.eval_dataset) if hasattr(trainer.eval_dataset, "__len__") else "some"
+        size = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else "some"
         table = Table(title=f"{size} held-out pairs, {trainer.state.global_step} steps")
         for column in ("", "before", "after"):
             table.add_column(column, justify="right" if column else "left")
@@ -174,7 +180,7 @@ def report(trainer: NSPO2DPOTrainer) -> None:
                 "(`nspo2_update_freq`), and the first log after that shows it."
             )
     print(f"Adapter: {trainer.args.output_dir}")
-    print(f"All logged figures: {os.path.join(trainer.args.output_dir, 'trainer_state.json')}")
+    print(f"All logged figures: {os.path.join(str(trainer.args.output_dir), 'trainer_state.json')}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 from contextlib import nullcontext
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,15 @@ from .dpo_config import NSPO2DPOConfig
 from .samples import SampleCollector, sample_share
 from .timing import Stopwatch
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset, IterableDataset
+    from peft import PeftModel
+    from transformers import DataCollator, PreTrainedModel
+    from trl.trainer.base_trainer import _BaseTrainer
+else:
+    _BaseTrainer = object  # the mixin has no base of its own, so that it can go before any trainer
+
 logger = logging.getLogger(__name__)
 
 NSPO2_STATE_NAME = "nspo2_state.pt"
@@ -42,33 +52,33 @@ class _StepCallback(TrainerCallback):
     def __init__(self, trainer: NSPO2Mixin):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._nspo2_follow()
         self.trainer._nspo2_wrap_engine()
         self.trainer.nspo2_samples.attach()
 
-    def on_substep_end(self, args, state, control, **kwargs):
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.nspo2_samples.next_micro_batch()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.deepspeed is None:  # else its engine has stepped by now, and called this before
             self.trainer._nspo2_begin_step()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._nspo2_end_step()
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         losses = {name: value for name, value in (metrics or {}).items() if name == "eval_loss"}
         if losses and state.global_step > 0:
             self.trainer.nspo2.watch(losses)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.nspo2_samples.detach()
         if self.trainer.deepspeed is not None:
             unwrap_step(self.trainer.deepspeed)
 
 
-class NSPO2Mixin:
+class NSPO2Mixin(_BaseTrainer):
     """What any TRL trainer needs to filter its gradients; its config is a [`NSPO2Arguments`] too.
 
     Raises:
@@ -77,7 +87,14 @@ class NSPO2Mixin:
             The message says what to do.
     """
 
-    def __init__(self, *args, **kwargs):
+    args: Any  # the trainer's own config, and an NSPO2Arguments
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    deepspeed: Any  # its engine, None without DeepSpeed
+    nspo2: BlockGroups | Any  # None where NSPO2 is off
+    _metrics: dict[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.nspo2 = None
         if not self.args.nspo2_enabled:
@@ -186,7 +203,7 @@ class NSPO2Mixin:
             )
 
 
-def _refuse_unsupported(accelerator) -> None:
+def _refuse_unsupported(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     use = "Launch with DDP instead: `accelerate launch --multi_gpu ...`, or set `nspo2_enabled=False`."
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -215,18 +232,20 @@ class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
     A plain `DPOConfig` cannot say how to filter, so it is refused.
     """
 
+    args: NSPO2DPOConfig
+
     _tag_names = ["trl", "dpo", "nspo2"]
     _name = "DPO"  # the model card cites the paper that goes with it
 
     def __init__(
         self,
-        model,
-        ref_model=None,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        **kwargs,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: NSPO2DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        **kwargs: Any,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
