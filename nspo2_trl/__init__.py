@@ -1,5 +1,6 @@
 """NSPO2 for TRL: gradient noise of LoRA adapters estimated while they train, and projected out within bounds."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import NSPO2Config, get_default_config
@@ -8,16 +9,50 @@ from .optimizer import NSPO2Optimizer, create_nspo2_optimizer
 
 if TYPE_CHECKING:
     from .dpo_config import NSPO2DPOConfig
-    from .trainer import NSPO2DPOTrainer
+    from .trainer import NSPO2DPOTrainer, attach_nspo2
+    from .trainers import (
+        NSPO2GRPOConfig,
+        NSPO2GRPOTrainer,
+        NSPO2KTOConfig,
+        NSPO2KTOTrainer,
+        NSPO2RewardConfig,
+        NSPO2RewardTrainer,
+        NSPO2SFTConfig,
+        NSPO2SFTTrainer,
+    )
 
 __version__ = "0.1.0"
+
+# the engine needs torch alone; TRL is imported only by those who ask for a trainer
+_NEEDS_TRL = {
+    "NSPO2DPOConfig": "dpo_config",
+    "NSPO2DPOTrainer": "trainer",
+    "attach_nspo2": "trainer",
+    "NSPO2GRPOConfig": "trainers",
+    "NSPO2GRPOTrainer": "trainers",
+    "NSPO2KTOConfig": "trainers",
+    "NSPO2KTOTrainer": "trainers",
+    "NSPO2RewardConfig": "trainers",
+    "NSPO2RewardTrainer": "trainers",
+    "NSPO2SFTConfig": "trainers",
+    "NSPO2SFTTrainer": "trainers",
+}
 
 __all__ = [
     "NSPO2",
     "NSPO2Config",
     "NSPO2DPOConfig",
     "NSPO2DPOTrainer",
+    "NSPO2GRPOConfig",
+    "NSPO2GRPOTrainer",
+    "NSPO2KTOConfig",
+    "NSPO2KTOTrainer",
     "NSPO2Optimizer",
+    "NSPO2RewardConfig",
+    "NSPO2RewardTrainer",
+    "NSPO2SFTConfig",
+    "NSPO2SFTTrainer",
+    "attach_nspo2",
     "create_nspo2_optimizer",
     "get_default_config",
 ]
@@ -25,13 +60,6 @@ __all__ = [
 if not TYPE_CHECKING:  # who checks types shall see the names above, and no others
 
     def __getattr__(name: str) -> Any:
-        # the engine needs torch alone; TRL is imported only by those who ask for a trainer
-        if name == "NSPO2DPOConfig":
-            from .dpo_config import NSPO2DPOConfig
-
-            return NSPO2DPOConfig
-        if name == "NSPO2DPOTrainer":
-            from .trainer import NSPO2DPOTrainer
-
-            return NSPO2DPOTrainer
+        if name in _NEEDS_TRL:
+            return getattr(import_module(f".{_NEEDS_TRL[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -165,19 +165,18 @@ def _fault(row: Mapping) -> str | None:
     """What is wrong with one row, or None."""
     kinds = {}
     for column, value in row.items():
-        if value is None or (len(value) == 0 and column != "prompt"):
-            return f"`{column}` is {'missing' if value is None else 'empty'}"
-        if isinstance(value, str):
-            kinds[column] = "text"
-        elif isinstance(value, Sequence):
-            kinds[column] = "messages"
-            for message in value:
-                if not isinstance(message, Mapping) or not message.get("role"):
-                    return f"`{column}` has a message without `role`: messages are {{'role': …, 'content': …}}"
-                if message.get("content") is None and not message.get("tool_calls"):
-                    return f"`{column}` has a message without `content`"
-        else:
+        if value is None:
+            return f"`{column}` is missing"
+        if not isinstance(value, (str, list)):
             return f"`{column}` is {type(value).__name__}, it must be text or a list of messages"
+        if not value and column != "prompt":
+            return f"`{column}` is empty"
+        kinds[column] = "text" if isinstance(value, str) else "messages"
+        for message in value if isinstance(value, list) else ():
+            if not isinstance(message, Mapping) or not message.get("role"):
+                return f"`{column}` has a message without `role`: messages are {{'role': …, 'content': …}}"
+            if message.get("content") is None and not message.get("tool_calls"):
+                return f"`{column}` has a message without `content`"
     if len(set(kinds.values())) > 1:
         return ", ".join(f"`{column}` is {kind}" for column, kind in kinds.items()) + ": make them all the same"
     return None

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from trl import DPOConfig
 
 from .config import NSPO2Config, check_options
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+else:
+    TrainingArguments = object  # the options have no base of their own, so that they can go before any config
+
+
+def nspo2_options(args: object) -> dict:
+    """The options of [`NSPO2Config`] that `args`, a trainer's config, has with the prefix `nspo2_`."""
+    names = [f.name for f in fields(NSPO2Config) if f.name != "dim"]
+    return {name: getattr(args, f"nspo2_{name}") for name in names}
+
 
 @dataclass
-class NSPO2Arguments:
-    """The options of NSPO2 as a trainer's config has them; see [`NSPO2Config`] for what each does."""
+class NSPO2Arguments(TrainingArguments):
+    """The options of NSPO2 as a trainer's config has them, to stand before a TRL config among the bases of a class."""
 
     nspo2_enabled: bool = field(
         default=True, metadata={"help": "Whether to use NSPO2 at all. `false` is exactly the plain TRL trainer."}
@@ -94,14 +106,9 @@ class NSPO2Arguments:
     )
     nspo2_seed: int = field(default=42, metadata={"help": "Seed of the randomized eigensolver."})
 
-    def nspo2_options(self) -> dict:
-        """The options of [`NSPO2Config`] without the prefix."""
-        names = [f.name for f in fields(NSPO2Config) if f.name != "dim"]
-        return {name: getattr(self, f"nspo2_{name}") for name in names}
-
-    def nspo2_config(self) -> NSPO2Config:
-        """The [`NSPO2Config`] that these arguments describe."""
-        return NSPO2Config(**self.nspo2_options())
+    def __post_init__(self) -> None:
+        check_options(nspo2_options(self), prefix="nspo2_")
+        super().__post_init__()
 
 
 @dataclass
@@ -112,7 +119,3 @@ class NSPO2DPOConfig(NSPO2Arguments, DPOConfig):
     Raises:
         ValueError: an `nspo2_` option is out of range; the message names it and says what it must be.
     """
-
-    def __post_init__(self) -> None:
-        check_options(self.nspo2_options(), prefix="nspo2_")
-        super().__post_init__()

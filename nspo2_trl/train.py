@@ -19,30 +19,22 @@ from typing import NoReturn
 import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers.trainer_utils import get_last_checkpoint
+from safetensors import SafetensorError
+from transformers import ProgressCallback
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
+    RichProgressCallback,
     TrlParser,
     get_peft_config,
     get_quantization_config,
 )
 
+from .card import FIGURES, means
+from .checkpoints import CheckpointError, is_whole, last_checkpoint
 from .data import NSPO2ScriptArguments, nearest, splits
 from .dpo_config import NSPO2DPOConfig
 from .trainer import NSPO2DPOTrainer
-
-WORDS = {
-    "variance_reduction": "share of the noise removed",
-    "bias": "1 - cos of mean and filtered mean",
-    "rank": "directions removed an adapter",
-    "alpha": "share the trust region lets through",
-    "noise_scale": "pairs a step that still pay",
-    "signal_removed": "share of the signal removed",
-    "active": "share of steps projected",
-    "overhead_ms": "a step",
-}
-
 
 # ---- arguments ----
 
@@ -107,8 +99,13 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
     if str(wanted).lower() not in ("true", "yes", "last"):
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
+        if not is_whole(wanted):
+            raise ValueError(
+                f"`resume_from_checkpoint`: {wanted!r} was saved only in part, it has no readable trainer_state.json: "
+                "name an earlier one, or set `true` for the last whole one."
+            )
         return wanted
-    found = get_last_checkpoint(args.output_dir) if args.output_dir and Path(args.output_dir).is_dir() else None
+    found = last_checkpoint(str(args.output_dir))
     if found is None:
         raise ValueError(
             f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
@@ -159,22 +156,18 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         console.print(table)
         if evals[0]["step"] == 0:
             print("Before training the policy is the reference: margins are 0, and ties count as wrong.")
-    means = {}
-    for name in WORDS:
-        values = [entry[f"nspo2/{name}"] for entry in history if f"nspo2/{name}" in entry]
-        if values:
-            means[name] = sum(values) / len(values)
-    if means:
+    figures = means(history)
+    if figures:
         table = Table(title="NSPO2, mean of what was logged")
         table.add_column("")
         table.add_column("", justify="right")
         table.add_column("")
-        for name, value in means.items():
-            table.add_row(f"nspo2/{name}", f"{value:.4g}", WORDS[name])
+        for name, value in figures.items():
+            table.add_row(f"nspo2/{name}", f"{value:.4g}", FIGURES[name])
         table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers")
         table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
-        if "variance_reduction" not in means and trainer.args.nspo2_projection_rank > 0:
+        if "variance_reduction" not in figures and trainer.args.nspo2_projection_rank > 0:
             print(
                 f"NSPO2 projected nothing: the first basis comes after {trainer.args.nspo2_update_freq} steps "
                 "(`nspo2_update_freq`), and the first log after that shows it."
@@ -194,21 +187,34 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     main_process = trainer.accelerator.is_main_process
+    if main_process and sys.stdout.isatty() and not args.disable_tqdm:  # a live table; lines where nobody watches
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(RichProgressCallback)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")
+    again = "add `--resume_from_checkpoint true` to the same command"
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
-        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        again = f"add `--resume_from_checkpoint true` to go on from {last}" if last else "there is no checkpoint yet"
-        sys.exit(f"Interrupted after step {trainer.state.global_step}: {again}.")
-    trainer.save_model()
-    evaluated = any("eval_loss" in e and e["step"] == trainer.state.global_step for e in trainer.state.log_history)
-    if args.eval_strategy != "no" and not evaluated:
-        trainer.evaluate()
-    trainer.save_state()
+        last = last_checkpoint(args.output_dir)
+        hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"
+        sys.exit(f"Interrupted after step {trainer.state.global_step}: {hint}.")
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+    dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
+    try:
+        trainer.save_model()
+        evaluated = any(
+            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+        )
+        if args.eval_strategy != "no" and not evaluated:
+            trainer.evaluate()
+        trainer.save_state()
+        trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=dataset)
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"error: the trained adapter could not be written ({error}): make room for it, then {again}.")
     if main_process:
         report(trainer)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=dataset)
     trainer.end()

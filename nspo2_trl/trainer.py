@@ -9,9 +9,11 @@ and [`BlockGroups`] scores them, filters the gradient in place and learns; then 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from contextlib import nullcontext
+from dataclasses import asdict
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +21,25 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .adapters import lora_blocks
 from .block_groups import BlockGroups, any_bad, entries
 from .blocks import params_outside
+from .card import add_to_card
+from .checkpoints import half_saved
+from .config import NSPO2Config
 from .data import check_preferences
 from .deepspeed import unwrap_step, whole_params, wrap_step
-from .dpo_config import NSPO2DPOConfig
+from .dpo_config import NSPO2Arguments, NSPO2DPOConfig, nspo2_options
 from .samples import SampleCollector, sample_share
-from .timing import Stopwatch
+from .timing import StepTimer, Stopwatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from datasets import Dataset, IterableDataset
-    from peft import PeftModel
-    from transformers import DataCollator, PreTrainedModel
+    from transformers import PreTrainedModel
     from trl.trainer.base_trainer import _BaseTrainer
 else:
     _BaseTrainer = object  # the mixin has no base of its own, so that it can go before any trainer
@@ -79,29 +82,58 @@ class _StepCallback(TrainerCallback):
 
 
 class NSPO2Mixin(_BaseTrainer):
-    """What any TRL trainer needs to filter its gradients; its config is a [`NSPO2Arguments`] too.
+    """What any TRL trainer needs to filter its gradients: stand it before the trainer among the bases of a class.
+
+    The class sets `_nspo2_config_class`, a [`NSPO2Arguments`] that is the trainer's config too; `args` of that class
+    is built when left out.
 
     Raises:
+        TypeError: `args` is a plain TRL config, which cannot say how to filter.
         ValueError: NSPO2 is on and the run cannot have it: no trainable LoRA adapter, FSDP1, a model spread over
             tensor-parallel ranks; when training starts, a DeepSpeed config with more than ZeRO in bf16 or float32.
             The message says what to do.
     """
 
-    args: Any  # the trainer's own config, and an NSPO2Arguments
-    model: torch.nn.Module
+    args: NSPO2Arguments
+    model: PreTrainedModel  # or a PeftModel, which has the attributes of the model in it
     optimizer: torch.optim.Optimizer
     deepspeed: Any  # its engine, None without DeepSpeed
     nspo2: BlockGroups | Any  # None where NSPO2 is off
-    _metrics: dict[str, Any]
+    _nspo2_config_class: type[NSPO2Arguments]
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def _nspo2_init(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        model, config, wanted = given["model"], given.get("args"), self._nspo2_config_class
+        if config is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            config = given["args"] = wanted(f"{model_name.rstrip('/').split('/')[-1]}-NSPO2-{self._name}")
+        if not isinstance(config, wanted):
+            plain = wanted.__name__.removeprefix("NSPO2")
+            raise TypeError(
+                f"`args` must be an {wanted.__name__}, got {type(config).__name__}: replace `{plain}(...)` by "
+                f"`{wanted.__name__}(...)` with the same arguments."
+            )
+        self._nspo2_check(given)
+        super().__init__(**given)
+        self._nspo2_setup()
+
+    if not TYPE_CHECKING:  # type checkers shall see the arguments of the trainer itself
+        __init__ = _nspo2_init
+
+    def _nspo2_check(self, given: dict) -> None:
+        """Refuse what can be refused before anything is loaded; `given` are the arguments by name."""
+        model = given["model"]
+        if given["args"].nspo2_enabled and given.get("peft_config") is None:
+            lora_blocks(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
+
+    def _nspo2_setup(self) -> None:
         self.nspo2 = None
+        self.nspo2_step_timer = StepTimer()
+        self.add_callback(self.nspo2_step_timer)
         if not self.args.nspo2_enabled:
             return
         _refuse_unsupported(self.accelerator)
         self.nspo2_time = Stopwatch(self.accelerator.device)
-        self._nspo2_steps_timed = 0
         self._nspo2_start()
         self.add_callback(_StepCallback(self))
 
@@ -131,7 +163,7 @@ class NSPO2Mixin(_BaseTrainer):
         micro_batches = self.args.gradient_accumulation_steps
         self.nspo2 = BlockGroups(
             blocks,
-            self.args.nspo2_config(),
+            NSPO2Config(**nspo2_options(self.args)),
             ranks=dist.group.WORLD if self.accelerator.num_processes > 1 or self.is_fsdp_enabled else None,
             share=sample_share(micro_batches * self.accelerator.num_processes),
         )
@@ -157,20 +189,29 @@ class NSPO2Mixin(_BaseTrainer):
         with self.nspo2_time, whole_params(self._nspo2_trained()) if changes else nullcontext():
             self.nspo2.end_step()
             self.nspo2_samples.release()
-        self._nspo2_steps_timed += 1
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.nspo2 is not None and self.model.training and self._nspo2_steps_timed:
-            args = self.args
-            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            figures = self.nspo2.metrics(batch)
-            figures["overhead_ms"] = 1000 * self.nspo2_time.take() / self._nspo2_steps_timed
-            self._nspo2_steps_timed = 0
-            self.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
-            figures["sentinel_level"] = self.nspo2.sentinel.level
-            for name, value in figures.items():
-                self._metrics["train"][f"nspo2/{name}"].append(value)
-        super().log(logs, start_time)
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        steps, seconds = self.nspo2_step_timer.take() if self.model.training else (0, 0.0)
+        if steps:
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            figures = {"batch_size": batch, "step_time": seconds / steps}
+            if self.nspo2 is not None:
+                figures |= self.nspo2.metrics(batch)
+                figures["overhead_ms"] = 1000 * self.nspo2_time.take() / steps
+                self.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
+                figures["sentinel_level"] = self.nspo2.sentinel.level
+            logs = {**logs, **{f"nspo2/{name}": value for name, value in figures.items()}}
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_card(os.path.join(str(self.args.output_dir), "README.md"), self)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with half_saved(folder, remove=self.args.should_save):
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -233,30 +274,37 @@ class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
     """
 
     args: NSPO2DPOConfig
-
+    _nspo2_config_class = NSPO2DPOConfig
     _tag_names = ["trl", "dpo", "nspo2"]
-    _name = "DPO"  # the model card cites the paper that goes with it
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        ref_model: PreTrainedModel | None = None,
-        args: NSPO2DPOConfig | None = None,
-        data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        **kwargs: Any,
-    ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = NSPO2DPOConfig(f"{model_name.rstrip('/').split('/')[-1]}-NSPO2-DPO")
-        if not isinstance(args, NSPO2DPOConfig):
-            raise TypeError(
-                f"`args` must be an NSPO2DPOConfig, got {type(args).__name__}: replace `DPOConfig(...)` by "
-                "`NSPO2DPOConfig(...)` with the same arguments."
-            )
-        if train_dataset is not None:
-            check_preferences(train_dataset)
-        if args.nspo2_enabled and kwargs.get("peft_config") is None:
-            lora_blocks(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+    def _nspo2_check(self, given: dict) -> None:
+        if given.get("train_dataset") is not None:
+            check_preferences(given["train_dataset"])
+        super()._nspo2_check(given)
+
+
+def attach_nspo2(trainer: Trainer, config: NSPO2Config | None = None) -> Trainer:
+    """Have a trainer that was made without NSPO2 filter its gradients; call it before `trainer.train()`.
+
+    Parameters:
+        trainer: any [`~transformers.Trainer`] whose model has a trainable LoRA adapter, such as those of TRL. The
+            object stays the same; its class becomes a subclass with [`NSPO2Mixin`].
+        config: what to do; left out, the defaults of the trainers, which are `NSPO2Config(strategy="keep")`.
+
+    Raises:
+        ValueError: the trainer filters already, or the run cannot have NSPO2, see [`NSPO2Mixin`].
+    """
+    kind = type(trainer)
+    if isinstance(trainer, NSPO2Mixin):
+        raise ValueError(f"This {kind.__name__} has NSPO2 already: set the `nspo2_` options of its `args`.")
+    assert trainer.model is not None
+    lora_blocks(trainer.model)
+    _refuse_unsupported(trainer.accelerator)
+    args: Any = trainer.args
+    args.nspo2_enabled = True
+    for name, value in asdict(config or NSPO2Config(strategy="keep")).items():
+        setattr(args, f"nspo2_{name}", value)
+    trainer.__class__ = type(f"NSPO2{kind.__name__}", (NSPO2Mixin, kind), {})
+    assert isinstance(trainer, NSPO2Mixin)
+    trainer._nspo2_setup()
+    return trainer

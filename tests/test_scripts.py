@@ -8,7 +8,6 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT, SHARED
-from datasets import Dataset, DatasetDict
 from trl import DPOTrainer
 
 from nspo2_trl import NSPO2DPOTrainer, train
@@ -98,56 +97,6 @@ def test_disabled_is_plain_dpo_from_the_same_recipe(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("columns", [("prompt", "chosen", "rejected"), ("chosen", "rejected")])
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "csv", "saved", "folder"])
-def test_kinds_of_local_data(tmp_path, kind, columns):
-    path = tmp_path / f"pairs.{kind}"
-    if kind.startswith("jsonl"):
-        rows = few_rows(path, columns=columns)
-    else:
-        rows = few_rows(tmp_path / "rows.jsonl", columns=columns)
-        dataset = Dataset.from_list(rows)
-        if kind == "parquet":
-            dataset.to_parquet(path)
-        elif kind == "csv":
-            dataset.to_csv(path)
-        elif kind == "saved":
-            DatasetDict(train=dataset).save_to_disk(path)
-        else:
-            path.mkdir()
-            (tmp_path / "rows.jsonl").rename(path / "train.jsonl")
-    script_args, args, _, mixture = train.parse(command(tmp_path, "--dataset_name", str(path)))
-    training, held_out = train.splits(script_args, args, mixture)
-    assert len(training) + len(held_out) == 40 and len(held_out) == 2
-    assert sorted(training.column_names) == sorted(columns)
-    assert rows[0]["chosen"] in [*training["chosen"], *held_out["chosen"]]
-
-
-def test_conversational_pairs(tmp_path, capsys):
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with open(tmp_path / "chat.jsonl", "w") as file:
-        for row in few_rows(tmp_path / "rows.jsonl", 12):
-            say = lambda role, text: [{"role": role, "content": text}]
-            turn = {"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["chosen"])}
-            file.write(json.dumps(turn | {"rejected": say("assistant", row["rejected"])}) + "\n")
-    parsed = train.parse(command(tmp_path, "--dataset_name", str(tmp_path / "chat.jsonl"), steps=2))
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(parsed[2].model_name_or_path)
-    tokenizer.chat_template = template
-    training, _ = train.splits(parsed[0], parsed[1], parsed[3])
-    trainer = NSPO2DPOTrainer(
-        parsed[2].model_name_or_path,
-        args=parsed[1],
-        train_dataset=training,
-        eval_dataset=training,
-        processing_class=tokenizer,
-        peft_config=train.get_peft_config(parsed[2]),
-    )
-    trainer.train()
-    assert trainer.state.global_step == 2
-
-
 def test_model_options_reach_the_model(tmp_path):
     parsed = train.parse(command(tmp_path, "--dtype", "bfloat16", "--attn_implementation", "eager"))
     trainer = train.build(*parsed)
@@ -232,7 +181,10 @@ def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(NSPO2DPOTrainer, "_nspo2_end_step", interrupt)
     with pytest.raises(SystemExit) as stopped:
         train.main(command(tmp_path, "--save_steps", "2", "--eval_strategy", "no", steps=6))
-    assert "Interrupted after step 3: add `--resume_from_checkpoint true` to go on from" in stopped.value.code
+    assert (
+        "Interrupted after step 3: add `--resume_from_checkpoint true` to the same command to go on from"
+        in stopped.value.code
+    )
     assert stopped.value.code.endswith("checkpoint-2.")
 
 

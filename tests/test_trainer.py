@@ -15,8 +15,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from nspo2_trl import NSPO2, NSPO2DPOConfig, NSPO2DPOTrainer
+from nspo2_trl import NSPO2, NSPO2Config, NSPO2DPOConfig, NSPO2DPOTrainer
 from nspo2_trl.adapters import lora_blocks
+from nspo2_trl.dpo_config import nspo2_options
 from nspo2_trl.samples import sample_share
 from nspo2_trl.trainer import NSPO2_STATE_NAME, _refuse_unsupported
 
@@ -74,7 +75,7 @@ def test_equals_a_loop_by_hand(make_trainer, accumulation, covariance):
 
     blocks = lora_blocks(by_hand.model)
     share = sample_share(accumulation)
-    make_engine = lambda: NSPO2(by_hand.args.nspo2_config(), share=share)  # noqa: E731
+    make_engine = lambda: NSPO2(NSPO2Config(**nspo2_options(by_hand.args)), share=share)  # noqa: E731
     engines = [[make_engine() for _ in b.params] if covariance == "factored" else make_engine() for b in blocks]
     params = [p for block in blocks for p in block.params]
     batches = iter(by_hand.get_train_dataloader())
@@ -524,5 +525,5 @@ def test_bad_options_name_the_field(tmp_path, name, value):
 
 def test_config_covers_every_option_of_the_engine(tmp_path):
     config = NSPO2DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **FAST_NSPO2)
-    assert config.nspo2_config().projection_rank == 4
-    assert all(f"nspo2_{name}" in vars(config) for name in config.nspo2_options())
+    assert NSPO2Config(**nspo2_options(config)).projection_rank == 4
+    assert all(f"nspo2_{name}" in vars(config) for name in nspo2_options(config))

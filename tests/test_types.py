@@ -14,7 +14,7 @@ SNIPPET = """
 import torch
 from torch import nn
 from nspo2_trl import NSPO2, NSPO2Config, NSPO2DPOConfig, NSPO2DPOTrainer, NSPO2Optimizer
-from nspo2_trl import create_nspo2_optimizer, get_default_config
+from nspo2_trl import NSPO2SFTConfig, NSPO2SFTTrainer, create_nspo2_optimizer, get_default_config
 
 config: NSPO2Config = get_default_config(strategy="keep", projection_rank=8)
 nspo2 = NSPO2(config)
@@ -36,6 +36,7 @@ def train(trainer: NSPO2DPOTrainer) -> str:
 
 
 NSPO2DPOTrainer("model", args=NSPO2DPOConfig("out"))
+NSPO2SFTTrainer("model", args=NSPO2SFTConfig("out"))
 NSPO2DPOConfig(output_dir="out", nspo2_strategy=1)  # [arg-type]
 NSPO2DPOConfig(output_dir="out", nspo2_strategie="keep")  # [call-arg]
 NSPO2DPOTrainer("model", args=config)  # [arg-type]

@@ -1,0 +1,122 @@
+"""A checkpoint is whole or absent: Ctrl-C in the midst of saving, a full disk, half a folder left by a kill."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import assert_same, trainable
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from nspo2_trl.checkpoints import CheckpointError, is_whole, last_checkpoint
+
+
+def saving(make_trainer, **args):
+    return make_trainer(save_strategy="steps", save_steps=2, max_steps=6, **args)
+
+
+PLACES = ["_save_optimizer_and_scheduler", "_save_rng_state", "save_model"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_interrupt_while_saving_leaves_no_half_checkpoint(make_trainer, monkeypatch, place):
+    trainer = saving(make_trainer)
+    whole = getattr(Trainer, place)
+
+    def interrupted(self, output_dir, *args, **kwargs):
+        if str(output_dir).endswith("checkpoint-4"):
+            os.makedirs(output_dir, exist_ok=True)
+            with open(os.path.join(output_dir, "half"), "w"):
+                raise KeyboardInterrupt
+        return whole(self, output_dir, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    out = trainer.args.output_dir
+    assert not os.path.exists(f"{out}/checkpoint-4")
+    assert last_checkpoint(out) == get_last_checkpoint(out) == f"{out}/checkpoint-2"
+
+    monkeypatch.undo()
+    rest = saving(make_trainer)
+    rest.train(resume_from_checkpoint=True)
+    uninterrupted = saving(make_trainer, output_dir=f"{out}-again")
+    uninterrupted.train()
+    assert_same(trainable(rest), trainable(uninterrupted))
+
+
+def test_interrupt_after_saving_keeps_the_checkpoint(make_trainer, monkeypatch):
+    trainer = saving(make_trainer)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert is_whole(f"{trainer.args.output_dir}/checkpoint-2")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`disk(MiB)`: a folder that is a file system of that size."""
+    folder = tmp_path / "disk"
+
+    def make(size):
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "none", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+        return folder
+
+    yield make
+    subprocess.run(["umount", "--lazy", folder], capture_output=True)  # its files may still be mapped
+
+
+def test_full_disk_ends_in_one_error_and_the_last_whole_checkpoint_resumes(make_trainer, small_disk, tmp_path):
+    once = saving(make_trainer, output_dir=str(tmp_path / "once"))
+    once.train()
+    size = sum(file.stat().st_size for file in (tmp_path / "once/checkpoint-2").iterdir())
+    disk = small_disk(int(1.6 * size / 2**20) + 1)
+
+    trainer = saving(make_trainer, output_dir=str(disk))
+    with pytest.raises(CheckpointError) as refused:
+        trainer.train()
+    message = str(refused.value)
+    assert "checkpoint-4' could not be written" in message and "MiB are free" in message
+    assert f"resume from {disk / 'checkpoint-2'}" in message and len(message.splitlines()) == 1
+    assert not (disk / "checkpoint-4").exists() and is_whole(disk / "checkpoint-2")
+
+    rest = saving(make_trainer, output_dir=str(tmp_path / "room"))
+    rest.train(resume_from_checkpoint=str(disk / "checkpoint-2"))
+    assert_same(trainable(rest), trainable(once))
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name, text in (("checkpoint-12", None), ("checkpoint-14", '{"global_step": 14, "log_hist')):
+        (tmp_path / name).mkdir()
+        torch.save({}, tmp_path / name / "optimizer.pt")
+        if text:
+            (tmp_path / name / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_other_errors_stay_what_they_are(make_trainer, monkeypatch):
+    trainer = saving(make_trainer)
+
+    def broken(*args, **kwargs):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        trainer.train()

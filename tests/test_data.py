@@ -1,0 +1,192 @@
+"""Every shape of data that DPO takes, columns by other names, and bad rows refused by their number."""
+
+import json
+
+import pytest
+import yaml
+from conftest import ROOT
+from datasets import Dataset, DatasetDict, IterableDataset
+from test_scripts import command, few_rows, logged, refused
+
+from nspo2_trl import NSPO2DPOTrainer, train
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def loaded(tmp_path, *options):
+    """The train and evaluation set of the command line `options`."""
+    script_args, args, _, mixture = train.parse(command(tmp_path, *options))
+    return train.splits(script_args, args, mixture)
+
+
+def say(role, text, **more):
+    return [{"role": role, "content": text} | more]
+
+
+@pytest.mark.parametrize("columns", [("prompt", "chosen", "rejected"), ("chosen", "rejected")])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "csv", "saved", "folder"])
+def test_kinds_of_local_data(tmp_path, kind, columns):
+    path = tmp_path / f"pairs.{kind}"
+    if kind.startswith("jsonl"):
+        rows = few_rows(path, columns=columns)
+    else:
+        rows = few_rows(tmp_path / "rows.jsonl", columns=columns)
+        dataset = Dataset.from_list(rows)
+        if kind == "parquet":
+            dataset.to_parquet(path)
+        elif kind == "csv":
+            dataset.to_csv(path)
+        elif kind == "saved":
+            DatasetDict(train=dataset).save_to_disk(path)
+        else:
+            path.mkdir()
+            (tmp_path / "rows.jsonl").rename(path / "train.jsonl")
+    script_args, args, _, mixture = train.parse(command(tmp_path, "--dataset_name", str(path)))
+    training, held_out = train.splits(script_args, args, mixture)
+    assert len(training) + len(held_out) == 40 and len(held_out) == 2
+    assert sorted(training.column_names) == sorted(columns)
+    assert rows[0]["chosen"] in [*training["chosen"], *held_out["chosen"]]
+
+
+def test_conversational_pairs(tmp_path, capsys):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with open(tmp_path / "chat.jsonl", "w") as file:
+        for row in few_rows(tmp_path / "rows.jsonl", 12):
+            say = lambda role, text: [{"role": role, "content": text}]
+            turn = {"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["chosen"])}
+            file.write(json.dumps(turn | {"rejected": say("assistant", row["rejected"])}) + "\n")
+    parsed = train.parse(command(tmp_path, "--dataset_name", str(tmp_path / "chat.jsonl"), steps=2))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parsed[2].model_name_or_path)
+    tokenizer.chat_template = template
+    training, _ = train.splits(parsed[0], parsed[1], parsed[3])
+    trainer = NSPO2DPOTrainer(
+        parsed[2].model_name_or_path,
+        args=parsed[1],
+        train_dataset=training,
+        eval_dataset=training,
+        processing_class=tokenizer,
+        peft_config=train.get_peft_config(parsed[2]),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# ---- columns by other names ----
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_columns_by_other_names(tmp_path, streaming):
+    rows = few_rows(tmp_path / "rows.jsonl", 12)
+    other = [{"question": r["prompt"], "good": r["chosen"], "bad": r["rejected"], "chosen": "no"} for r in rows]
+    path = write(tmp_path / "other.jsonl", other)
+    names = ["--prompt_column", "question", "--chosen_column", "good", "--rejected_column", "bad"]
+    options = ["--dataset_name", path, "--eval_strategy", "no", "--dataset_streaming", streaming, *names]
+    training, _ = loaded(tmp_path, *options)
+    assert isinstance(training, IterableDataset) == (streaming == "true")
+    assert list(training) == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    train.main(command(tmp_path, *options, steps=3))
+    assert len([entry for entry in logged(tmp_path / "out") if "loss" in entry]) == 3
+
+
+def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"question": "a", "chosen": "b", "rejected": "c"}])
+    said = refused(capsys, command(tmp_path, "--dataset_name", path, "--prompt_column", "questoin"))
+    assert said == (
+        "error: `prompt_column`: the dataset has no column 'questoin', it has question, chosen, rejected. "
+        "Did you mean `question`?"
+    )
+
+
+# ---- bad rows ----
+
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+CHAT = {"prompt": say("user", "a"), "chosen": say("assistant", "b"), "rejected": say("assistant", "c")}
+
+
+@pytest.mark.parametrize(
+    "good, bad, message",
+    [
+        (GOOD, {"rejected": None}, "`rejected` is missing"),
+        (GOOD, {"chosen": ""}, "`chosen` is empty"),
+        (GOOD, {"prompt": None}, "`prompt` is missing"),
+        (CHAT, {"chosen": []}, "`chosen` is empty"),
+        (CHAT, {"rejected": [{"role": None, "content": "c"}]}, "`rejected` has a message without `role`"),
+        (CHAT, {"rejected": [{"role": "assistant", "content": None}]}, "`rejected` has a message without `content`"),
+    ],
+)
+def test_the_first_bad_row_is_named(tmp_path, capsys, good, bad, message):
+    path = write(tmp_path / "rows.jsonl", [good] * 1203 + [good | bad] + [good] * 3 + [good | bad])
+    said = refused(capsys, command(tmp_path, "--dataset_name", path, "--model_name_or_path", "no/such-model"))
+    assert f"rows.jsonl, split train`, row 1203 (the first is 0): {message}" in said and said.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (GOOD | {"prompt": say("user", "a")}, "`prompt` is messages, `chosen` is text, `rejected` is text: make them"),
+        (GOOD | {"chosen": 3}, "`chosen` is int, it must be text or a list of messages"),
+        (GOOD | {"chosen": ["b"]}, "`chosen` has a message without `role`"),
+    ],
+)
+def test_kinds_of_columns_that_do_not_fit(tmp_path, capsys, row, message):
+    path = write(tmp_path / "rows.jsonl", [row] * 3)
+    assert f"row 0 (the first is 0): {message}" in refused(capsys, command(tmp_path, "--dataset_name", path))
+
+
+def test_rows_of_the_test_split_are_looked_at_too(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data/train.jsonl", [GOOD] * 8)
+    write(tmp_path / "data/test.jsonl", [GOOD] * 2 + [GOOD | {"chosen": ""}])
+    said = refused(capsys, command(tmp_path, "--dataset_name", str(tmp_path / "data")))
+    assert "split test`, row 2" in said
+
+
+# ---- what TRL does with data stays ----
+
+
+def test_a_mixture(tmp_path, capsys):
+    rows = few_rows(tmp_path / "all.jsonl", 30)
+    parts = [write(tmp_path / f"{i}.jsonl", rows[i::2]) for i in range(2)]
+    recipe = yaml.safe_load((ROOT / "recipes/quickstart/dpo.yaml").read_text())
+    del recipe["dataset_name"]
+    recipe["datasets"] = [{"path": "json", "data_files": part} for part in parts]
+    recipe["test_split_size"] = 0.2
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(recipe))
+    argv = ["--config", str(tmp_path / "mixture.yaml"), *command(tmp_path, steps=3)[2:]]
+    parsed = train.parse(argv)
+    training, held_out = train.splits(parsed[0], parsed[1], parsed[3])
+    assert (len(training), len(held_out)) == (24, 6)
+    train.main(argv)
+    assert any("eval_loss" in entry for entry in logged(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--precompute_ref_log_probs", "true"],
+        ["--max_length", "24", "--truncation_mode", "keep_end"],
+        ["--dataset_streaming", "true", "--eval_strategy", "no"],
+        ["--padding_free", "false", "--loss_type", "ipo", "--beta", "0.3"],
+    ],
+)
+def test_settings_of_trl_that_touch_the_data(tmp_path, options):
+    train.main(command(tmp_path, "--nspo2_min_rank", "2", *options))
+    steps = [entry for entry in logged(tmp_path / "out") if "loss" in entry]
+    assert len(steps) == 4 and steps[-1]["nspo2/active"] == 1 and steps[-1]["nspo2/rank"] > 0
+
+
+def test_tools_columns_are_left_alone(tmp_path):
+    tool = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}
+    path = write(tmp_path / "tools.jsonl", [CHAT | {"tools": json.dumps([tool])}] * 8)
+    training, _ = loaded(tmp_path, "--dataset_name", path, "--eval_strategy", "no")
+    assert json.loads(training[0]["tools"]) == [tool]
