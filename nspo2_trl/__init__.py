@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         NSPO2SFTTrainer,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # the engine needs torch alone; TRL is imported only by those who ask for a trainer
 _NEEDS_TRL = {

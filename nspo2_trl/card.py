@@ -30,7 +30,9 @@ CITATION = """@software{nspo2,
     year  = 2024,
     url   = {https://github.com/PrayPrey/NSRPO2}
 }"""
-_PLACES = {"output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "logging_strategy"}
+# where a run was, not what it did; and what Trainer fills in by itself
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "report_to"}
+_LEFT_OUT |= {"accelerator_config", "debug", "do_eval", "dataloader_pin_memory", "pad_to_multiple_of", "disable_tqdm"}
 
 
 def means(log_history: Sequence[dict]) -> dict[str, float]:
@@ -49,7 +51,7 @@ def recipe(trainer: NSPO2Mixin) -> dict:
     for f in fields(trainer.args):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         value = getattr(trainer.args, f.name)
-        if f.init and value != default and f.name not in _PLACES and "token" not in f.name:
+        if f.init and value != default and f.name not in _LEFT_OUT and "token" not in f.name:
             chosen[f.name] = shown.get(f.name)
     peft_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
     if peft_config is not None:

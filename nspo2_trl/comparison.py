@@ -21,6 +21,13 @@ PANELS = [
 ]
 COLORS = ["#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # readable without colour vision too
 STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
+PAGE_STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+img { width: 100%; background: white; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
+td:first-child, th:first-child { text-align: left; }
+pre { overflow-x: auto; }
+@media (prefers-color-scheme: dark) { body { background: #16181d; color: #e4e6ea; } }"""
 
 
 @dataclass
@@ -142,13 +149,7 @@ def write_page(runs: Sequence[Run], folder: Path, title: str, settings: dict) ->
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }}
-img {{ width: 100%; background: white; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-td, th {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8886; }}
-td:first-child, th:first-child {{ text-align: left; }}
-pre {{ overflow-x: auto; }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #16181d; color: #e4e6ea; }} }}
+{PAGE_STYLE}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
 <img alt="loss, noise removed, bias, rank and spectrum of each method" src="data:image/png;base64,{image}">

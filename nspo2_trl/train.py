@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Sized
 from pathlib import Path
 from typing import NoReturn
@@ -39,6 +40,53 @@ from .trainer import NSPO2DPOTrainer
 # ---- arguments ----
 
 
+HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
+
+  {prog} --config recipes/quickstart/dpo.yaml
+  {prog} --config RECIPE.yaml --model_name_or_path MODEL --dataset_name PAIRS.jsonl --output_dir out/mine
+  {prog} --config RECIPE.yaml --resume_from_checkpoint true      go on after an interruption
+  {prog} --config RECIPE.yaml --nspo2_enabled false              plain DPO from the same recipe
+
+Every option may stand in the YAML file or here, and what stands here wins. Shown are the most used ones and all of
+NSPO2; `--help_all` shows every option of TRL's DPOConfig, ModelConfig and DatasetMixtureConfig too.{launch}"""
+LAUNCH = """
+
+Several processes: `--num_processes N`, and `--accelerate_config FILE` for one of recipes/accelerate_configs/*.yaml
+or your own. With several GPUs and neither, all GPUs are used as `accelerate launch` does."""
+SHOWN = """model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
+    prompt_column chosen_column rejected_column output_dir learning_rate beta loss_type max_length max_steps
+    num_train_epochs per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps
+    eval_strategy eval_steps logging_steps report_to save_steps save_total_limit resume_from_checkpoint
+    precompute_ref_log_probs bf16 gradient_checkpointing use_cpu seed push_to_hub hub_model_id
+    use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit dtype attn_implementation""".split()
+
+
+def make_parser() -> TrlParser:
+    kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(kinds)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
+
+
+def show_help(prog: str, everything: bool) -> None:
+    """Print the options: those that people set, or all of them."""
+    parser = make_parser()
+    launch = LAUNCH if prog == "nspo2 train" else ""
+    parser.prog, parser.usage = prog, f"{prog} --config RECIPE.yaml [--option value ...]"
+    parser.description = HELP.format(prog=prog, launch=launch)
+    parser.formatter_class = _HelpFormatter
+    for action in parser._actions:
+        wanted = everything or action.dest in SHOWN or action.dest.startswith("nspo2_")
+        # each option has a twin with hyphens, and each true one a twin with `--no_`
+        action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+        if action.dest == "help" or not wanted or any(f.startswith("--no_") for f in action.option_strings):
+            action.help = SUPPRESS
+    parser.print_help()
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: Action) -> str:
+        return (action.help or "") + ("" if action.default is None else " (default: %(default)s)")
+
+
 def parse(argv: list[str]) -> tuple:
     """NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig from `argv`.
 
@@ -46,8 +94,7 @@ def parse(argv: list[str]) -> tuple:
         ValueError: a key of the YAML file that no field has, or a bad value.
         FileNotFoundError: the YAML file is missing.
     """
-    kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(kinds)  # type: ignore[arg-type]  # Transformers' name for a dataclass type is none
+    parser = make_parser()
     parser.error = _raise  # type: ignore[method-assign]  # one sentence, not pages of usage
     if not argv:
         raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
@@ -131,7 +178,7 @@ def build(
         **(args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = splits(script_args, args, mixture)
-    return NSPO2DPOTrainer(
+    trainer = NSPO2DPOTrainer(
         model_args.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
@@ -139,6 +186,13 @@ def build(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if isinstance(dataset, Sized) and len(dataset) == 0:
+            raise ValueError(
+                f"No row of the {name} set is left: each prompt alone has `max_length` ({args.max_length}) tokens or "
+                "more. Raise `max_length`."
+            )
+    return trainer
 
 
 def report(trainer: NSPO2DPOTrainer) -> None:
@@ -167,7 +221,7 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers")
         table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
-        if "variance_reduction" not in figures and trainer.args.nspo2_projection_rank > 0:
+        if not figures.get("active") and trainer.args.nspo2_projection_rank > 0:
             print(
                 f"NSPO2 projected nothing: the first basis comes after {trainer.args.nspo2_update_freq} steps "
                 "(`nspo2_update_freq`), and the first log after that shows it."
@@ -176,11 +230,14 @@ def report(trainer: NSPO2DPOTrainer) -> None:
     print(f"All logged figures: {os.path.join(str(trainer.args.output_dir), 'trainer_state.json')}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help", "--help_all"} & set(argv):
+        return show_help(prog, everything="--help_all" in argv)
     # TRL and Transformers call their own deprecated names
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        script_args, args, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
+        script_args, args, model_args, mixture = parse(argv)
         checkpoint = checkpoint_to_resume(args)
         args.eval_on_start = args.eval_on_start or (args.eval_strategy != "no" and checkpoint is None)
         trainer = build(script_args, args, model_args, mixture)
@@ -192,13 +249,20 @@ def main(argv: list[str] | None = None) -> None:
         trainer.add_callback(RichProgressCallback)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")
+    elif main_process and last_checkpoint(args.output_dir):
+        print(
+            f"Starting anew, though {last_checkpoint(args.output_dir)} of an earlier run is there: it will be "
+            "overwritten when this run comes to that step. To go on with it, stop now and add "
+            "`--resume_from_checkpoint true`; to keep it, choose another `--output_dir`."
+        )
     again = "add `--resume_from_checkpoint true` to the same command"
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         last = last_checkpoint(args.output_dir)
         hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"
-        sys.exit(f"Interrupted after step {trainer.state.global_step}: {hint}.")
+        # below the progress bar, and once
+        sys.exit(f"\nInterrupted after step {trainer.state.global_step}: {hint}." if main_process else 130)
     except CheckpointError as error:
         sys.exit(f"error: {error}")
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
@@ -218,3 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
     trainer.end()
+
+
+if __name__ == "__main__":
+    main(prog="nspo2 train")

@@ -133,6 +133,12 @@ class NSPO2Mixin(_BaseTrainer):
         if not self.args.nspo2_enabled:
             return
         _refuse_unsupported(self.accelerator)
+        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision != "no":
+            logger.warning(
+                "FSDP2 with mixed precision rounds what the model returns, the log-probabilities too; that is too "
+                "coarse for preference losses, with plain TRL as well. Set `bf16: false` and `dtype: bfloat16` in the "
+                "recipe and `mixed_precision: 'no'` in the Accelerate config: the base model stays in bfloat16."
+            )
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self._nspo2_start()
         self.add_callback(_StepCallback(self))

@@ -151,6 +151,12 @@ def test_rows_of_the_test_split_are_looked_at_too(tmp_path, capsys):
     assert "split test`, row 2" in said
 
 
+def test_rows_that_are_all_too_long(tmp_path, capsys):
+    few_rows(tmp_path / "rows.jsonl", 12)
+    options = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--max_length", "3", "--eval_strategy", "no"]
+    assert "No row of the training set is left" in refused(capsys, command(tmp_path, *options))
+
+
 # ---- what TRL does with data stays ----
 
 
