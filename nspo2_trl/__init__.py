@@ -1,10 +1,25 @@
 """NSPO2 for TRL: gradient noise of LoRA adapters estimated while they train, and projected out within bounds."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .config import NSPO2Config, get_default_config
 from .core import NSPO2
 from .optimizer import NSPO2Optimizer, create_nspo2_optimizer
+
+if TYPE_CHECKING:
+    from .dpo_config import NSPO2DPOConfig
+    from .trainer import NSPO2DPOTrainer, attach_nspo2
+    from .trainers import (
+        NSPO2GRPOConfig,
+        NSPO2GRPOTrainer,
+        NSPO2KTOConfig,
+        NSPO2KTOTrainer,
+        NSPO2RewardConfig,
+        NSPO2RewardTrainer,
+        NSPO2SFTConfig,
+        NSPO2SFTTrainer,
+    )
 
 __version__ = "0.2.0"
 
@@ -42,8 +57,9 @@ __all__ = [
     "get_default_config",
 ]
 
+if not TYPE_CHECKING:  # who checks types shall see the names above, and no others
 
-def __getattr__(name: str):
-    if name in _NEEDS_TRL:
-        return getattr(import_module(f".{_NEEDS_TRL[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _NEEDS_TRL:
+            return getattr(import_module(f".{_NEEDS_TRL[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

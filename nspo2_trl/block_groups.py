@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ class BlockGroups:
         self.groups: list[Group] = []
         self.add(blocks, layout or {})
         self.skipped_steps = 0
-        self._samples: list[torch.Tensor] | None = None
+        self._samples: list[torch.Tensor | None] = []  # of the step, a group; empty where it is left out
         self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
 
     def add(self, blocks: list[Block], layout: Mapping[str, int]) -> None:
@@ -116,7 +117,7 @@ class BlockGroups:
         else:  # kept apart where `grad` is needed for the change of the parameters later
             found = [group.grad.clone()[None] if update else group.grad[None] for group in self.groups]
         if not all_finite([*(found or [group.grad for group in self.groups]), *others], self.total):
-            self._samples = None
+            self._samples = []
             self.skipped_steps += 1
             if self.skipped_steps == 1:
                 logger.warning(
@@ -124,7 +125,7 @@ class BlockGroups:
                     "counted in `skipped_steps`."
                 )
             return False
-        self._samples = found or [None] * len(self.groups)
+        self._samples = [*found] or [None] * len(self.groups)
         if update:
             for group in self.groups:
                 group.read_params()
@@ -136,12 +137,12 @@ class BlockGroups:
     @torch.no_grad()
     def end_step(self) -> None:
         """Call it when the optimizer has stepped, and only after a `begin_step` that returned True."""
-        if self.config.apply_to == "update" and self._samples is not None:
+        if self.config.apply_to == "update" and self._samples:
             for group in self.groups:
                 group.read_params()
                 group.grad.sub_(group.before)
             self._filter(lambda group, i, result: group.write_params(result, self._there[i]))
-        self._samples = None
+        self._samples = []
 
     def _filter(self, write: Callable[[Group, int, torch.Tensor], None]) -> None:
         """Filter what is in each group's `grad`; `write` is called with the result where it differs."""
@@ -174,7 +175,7 @@ class BlockGroups:
     def metrics(self, batch_size: float = 1.0) -> dict[str, float]:
         """Figures since the last call, or of recent steps, see [`metrics.summarize`]; waits for the device."""
         before, after, steps, active = self._norms.tolist()
-        found = {"skipped_steps": self.skipped_steps}
+        found: dict[str, float] = {"skipped_steps": self.skipped_steps}
         if all(part.cov is not None for part in self.parts):
             found |= summarize(self.parts, batch_size)
         if steps:
@@ -208,7 +209,7 @@ class BlockGroups:
         for i, group in enumerate(self.groups):
             groups[str(i)] = group.nspo2.state_dict()
             if group.shards:
-                groups[str(i)] = _map_columns(groups[str(i)], lambda part, s=group.shards: s.whole(part, keep))
+                groups[str(i)] = _map_columns(groups[str(i)], partial(group.shards.whole, keep=keep))
         return {
             "groups": groups,
             "blocks": self._names(),

@@ -89,13 +89,16 @@ class Group:
         if isinstance(self.places[0].param, DTensor):
             size = len(self.names) * self.shape[0] * self.shape[1]
             positions = torch.arange(size, device=self.device).view(len(self.names), *self.shape)
-            self.moves = LocalParts(self.shards, self.views_of(positions), [place.param for place in self.places])
+            assert self.shards is not None  # FSDP2 has ranks
+            sharded = [place.param for place in self.places if isinstance(place.param, DTensor)]
+            self.moves = LocalParts(self.shards, self.views_of(positions), sharded)
         else:
             self.full = self.buffer()
             self.views = self.views_of(self.full)
         self.grad = self.buffer(width=self.shards.width) if self.shards else self.full
         # `grad` is the step's gradient; in update space, afterwards the change of the parameters
-        self.before = torch.zeros_like(self.grad) if self.config.apply_to == "update" else None
+        if self.config.apply_to == "update":
+            self.before = torch.zeros_like(self.grad)
 
     def buffer(self, *lead: int, width: int | None = None) -> torch.Tensor:
         """Zeros (*lead, B, m, d) in at least float32: the maths is never done in half precision."""
@@ -113,17 +116,17 @@ class Group:
         Sparse gradients are not read: they stay as they are.
         """
         grads = [place.param.grad for place in self.places]
-        there = [i for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse]
+        there = {i: grad for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse}
         if self.moves:
             locals_ = [_local(place.param) for place in self.places]
             self.moves.take(
                 [torch.zeros_like(p) if g is None else _local(g) for p, g in zip(locals_, grads)], self.grad
             )
-            return there
+            return list(there)
         if len(there) < len(grads):
             self.full.zero_()
-        self._read([self.views[i] for i in there], [grads[i] for i in there])
-        return there
+        self._read([self.views[i] for i in there], list(there.values()))
+        return list(there)
 
     def read_params(self) -> None:
         """Copy the parameters into `grad`."""
@@ -141,7 +144,7 @@ class Group:
 
     def write_grads(self, result: torch.Tensor, there: list[int]) -> None:
         """Copy `result` (B, m, d) into the parameters' gradients."""
-        self._write(result, [_local(self.places[i].param.grad) for i in there], there)
+        self._write(result, [_grad(self.places[i].param) for i in there], there)
 
     def write_params(self, change: torch.Tensor, there: list[int]) -> None:
         """Set the parameters to what they were `before`, plus `change` (B, m, d)."""
@@ -170,6 +173,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of a parameter or a gradient, without its history."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _grad(param: torch.Tensor) -> torch.Tensor:
+    """What this rank has of the gradient of a parameter that has one."""
+    assert param.grad is not None
+    return _local(param.grad)
 
 
 def whole_shape(param: torch.Tensor) -> torch.Size:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -47,7 +47,7 @@ def recipe(trainer: NSPO2Mixin) -> dict:
     Folders and secrets are left out.
     """
     shown = trainer.args.to_dict()  # with secrets masked, and what YAML can hold
-    chosen = {"model_name_or_path": trainer.model.config._name_or_path}
+    chosen: dict[str, Any] = {"model_name_or_path": trainer.model.config._name_or_path}
     for f in fields(trainer.args):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         value = getattr(trainer.args, f.name)

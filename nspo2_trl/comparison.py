@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 # Of one run: the key in `Run.series`, the panel's title, the label of its axis.
 PANELS = [
@@ -100,7 +101,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _draw_spectrum(axis, run: Run | None) -> None:
+def _draw_spectrum(axis: Any, run: Run | None) -> None:
     axis.set(title="Eigenvalues of the noise over time", xlabel="direction", ylabel="share of the noise")
     if run is None:
         axis.text(0.5, 0.5, "no basis was fitted", ha="center", transform=axis.transAxes)
@@ -126,7 +127,10 @@ def table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         figures = [[run.mean(key, 0.2) for run in mine] for key in last] + [
             [run.mean(key) for run in mine] for key in means
         ]
-        cells = ["-" if None in values else f"{sum(values) / len(values):.4g}" for values in figures]
+        cells = [
+            "-" if None in values else f"{sum(value or 0.0 for value in values) / len(values):.4g}"
+            for values in figures
+        ]
         rows.append([name, str(len(mine)), *cells, f"{sum(run.seconds for run in mine) / len(mine):.1f}"])
     return header, rows
 

@@ -126,7 +126,7 @@ class NSPO2Config(MutableMapping):
     epsilon: float = 1e-6
     seed: int = field(default=42)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any, overload
 
 import torch
 
 from .config import NSPO2Config, get_default_config
 from .covariance import CovEstimator, mixture, noise_rows
-from .eigensolvers import EigSolver, alone, same
+from .eigensolvers import EigSolver, Spread, Total, alone, same
 from .metrics import forget_filter, published, summarize
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
@@ -54,7 +55,8 @@ class NSPO2:
         self.config = NSPO2Config(**config)  # a copy: what was allocated for it must not change later
         self.sums_decay = self.config.cov_momentum if recent else 1.0
         self.share, self.shards = share, shards
-        self.total, self.spread = (shards.sum, shards.spread) if shards else (same, alone)
+        self.total: Total = shards.sum if shards else same
+        self.spread: Spread = shards.spread if shards else alone
         self._shared_sentinel = sentinel
         self.reset()
 
@@ -72,6 +74,12 @@ class NSPO2:
 
     # ---- one step ----
 
+    @overload
+    def step(self, samples: torch.Tensor | None, grad: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def step(self, samples: torch.Tensor | None, grad: None) -> None: ...
+
     def step(self, samples: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
         """Score, filter, learn. With `shards`, d is their `width` in all of it.
 
@@ -84,26 +92,27 @@ class NSPO2:
             (B, m, d) the filtered gradient; `grad` itself while nothing is projected.
         """
         self.step_count += 1
-        if self.cov is None:
+        cov = self.cov
+        if cov is None:
             if samples is None:
                 return grad
-            self._allocate(samples[0], len(samples))
-            self.cov.step = self.step_count - 1  # steps before, that were not learned from
+            cov = self._allocate(samples[0], len(samples))
+            cov.step = self.step_count - 1  # steps before, that were not learned from
         self.sums.mul_(self.sums_decay)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
         if samples is None:
-            self.cov.advance()
+            cov.advance()
         else:
             self._learn(head, samples)
-        if self.cov.is_due():
+        if cov.is_due():
             self._solve()
         return result
 
-    def _allocate(self, like: torch.Tensor, n: int) -> None:
+    def _allocate(self, like: torch.Tensor, n: int) -> CovEstimator:
         config, (blocks, vectors, width) = self.config, like.shape
-        kind = {"dtype": like.dtype, "device": like.device}
-        self.cov = CovEstimator(
+        kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self.cov = cov = CovEstimator(
             blocks,
             self.shards.dim if self.shards else width,
             config.max_rank,
@@ -121,9 +130,10 @@ class NSPO2:
         self.reference = torch.zeros(blocks, vectors, width, **kind)  # running mean of raw gradients
         self.previous: torch.Tensor | None = None  # the last step's gradient, where a step has one sample
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
-        directions = min(config.projection_rank + 1, self.cov.rank)
+        directions = min(config.projection_rank + 1, cov.rank)
         self.signal = SignalEstimate(blocks, vectors, directions, **kind)
         self.sums = torch.zeros(8, dtype=torch.float64, device=like.device)  # see `metrics.summarize`
+        return cov
 
     # ---- the filter in force ----
 
@@ -136,6 +146,7 @@ class NSPO2:
     @property
     def rank_limit(self) -> int:
         """What may be removed at most: `projection_rank`, less where the sentinel says so; half of a small block."""
+        assert self.cov is not None
         share = self.sentinel.rank_share
         asked = self.config.projection_rank
         return min(asked if share == 1 else math.ceil(asked * share), self.cov.dim // 2)
@@ -149,6 +160,7 @@ class NSPO2:
 
     def head(self) -> ProjectionHead:
         """The filter that the present state gives; also counts bias, α and rank of it."""
+        assert self.cov is not None  # as long as nothing was learned there is no filter
         config, strategy = self.config, self.sentinel.strategy
         width = min(config.projection_rank + 1, self.cov.rank)
         basis = self.cov.basis[:, :width].to(self.reference.dtype)
@@ -177,6 +189,7 @@ class NSPO2:
 
     def _learn(self, head: ProjectionHead | None, samples: torch.Tensor) -> None:
         """Score the noise rows of `samples` (n, B, m, d) with the filter that was in force, then learn from them."""
+        assert self.cov is not None
         n, vectors = len(samples), samples.shape[2]
         self.samples = n
         mean = samples[0] if n == 1 else samples.mean(0)
@@ -218,6 +231,7 @@ class NSPO2:
 
     def _solve(self) -> None:
         """Merge what was learned into the basis, and find how much of it is significant."""
+        assert self.cov is not None
         config, single = self.config, self.samples == 1
         self.signal.close_window()
         if config.projection_rank == 0:  # only measures
@@ -290,7 +304,7 @@ class NSPO2:
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""
-        state = {} if self._shared_sentinel else {"sentinel": self.sentinel.state_dict()}
+        state: dict[str, Any] = {} if self._shared_sentinel else {"sentinel": self.sentinel.state_dict()}
         state |= {name: getattr(self, name) for name in self._NUMBERS}
         if self.cov is None:
             return state
@@ -315,8 +329,8 @@ class NSPO2:
             setattr(self, name, state[name])
         if "cov" not in state:
             return
-        self._allocate(state["reference"].to(device or state["reference"].device), n=1)
-        self.cov.load_state_dict(state["cov"])
+        cov = self._allocate(state["reference"].to(device or state["reference"].device), n=1)
+        cov.load_state_dict(state["cov"])
         self.signal.load_state_dict(state["signal"])
         load_tensors(self, self._TENSORS, state)
         self.previous = state["previous"].to(self.reference, copy=True) if "previous" in state else None

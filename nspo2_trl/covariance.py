@@ -26,6 +26,7 @@ def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor
         torch.sub(samples.transpose(0, 1), mean[:, None], out=out)
         out.div_(math.sqrt(n * (n - 1)))
     else:
+        assert previous is not None
         torch.sub(mean[:, None], previous[:, None], out=out)
         out.div_(math.sqrt(2.0))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
@@ -45,6 +45,7 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
     if mixture.datasets:
         data, name = get_dataset(mixture), "the mixture"
     else:
+        assert script_args.dataset_name is not None  # `parse` asks for it
         name = script_args.dataset_name
         data = load(name, script_args.dataset_config, script_args.dataset_streaming)
     train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
@@ -94,7 +95,7 @@ def load(name: str, config: str | None, streaming: bool) -> DatasetDict:
         raise ValueError(f"`dataset_name` {name!r} could not be read: {error.__cause__}.") from error
 
 
-def rename_columns(dataset, script_args: NSPO2ScriptArguments):
+def rename_columns(dataset: Dataset | IterableDataset, script_args: NSPO2ScriptArguments) -> Dataset | IterableDataset:
     """The dataset with the columns that `prompt_column`, `chosen_column`, `rejected_column` name under DPO's names.
 
     Raises:
@@ -116,7 +117,7 @@ def rename_columns(dataset, script_args: NSPO2ScriptArguments):
     return dataset
 
 
-def check_preferences(dataset, name: str = "train_dataset") -> None:
+def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
     """Refuse a dataset that DPO cannot learn from, before a model is loaded.
 
     Raises:
@@ -134,7 +135,7 @@ def check_preferences(dataset, name: str = "train_dataset") -> None:
         )
 
 
-def check_rows(dataset, name: str, progress: bool = False) -> None:
+def check_rows(dataset: Dataset | IterableDataset, name: str, progress: bool = False) -> None:
     """Look at every row, of a stream only at the first, and refuse the first one that DPO cannot use.
 
     Raises:

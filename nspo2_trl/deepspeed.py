@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from .blocks import whole_shape
 _KNOWN = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")  # stages 1 and 2, stage 3
 
 
-def wrap_step(engine, params: list[nn.Parameter], begin: Callable[[], None], writes: bool, update: bool) -> None:
+def wrap_step(engine: Any, params: list[nn.Parameter], begin: Callable[[], None], writes: bool, update: bool) -> None:
     """Have `engine.step` call `begin` with whole gradients, where it is about to step; until [`unwrap_step`].
 
     Args:
@@ -38,7 +39,7 @@ def wrap_step(engine, params: list[nn.Parameter], begin: Callable[[], None], wri
 
     plain, optimizer = engine.step, engine.optimizer
 
-    def step(*args, **kwargs) -> None:
+    def step(*args: Any, **kwargs: Any) -> None:
         if not engine.is_gradient_accumulation_boundary():
             return plain(*args, **kwargs)
         clip, norm = optimizer.clip_grad, None
@@ -72,7 +73,7 @@ def wrap_step(engine, params: list[nn.Parameter], begin: Callable[[], None], wri
     engine.step = step
 
 
-def unwrap_step(engine) -> None:
+def unwrap_step(engine: Any) -> None:
     """Give the engine its own `step` back."""
     vars(engine).pop("step", None)
 
@@ -90,7 +91,7 @@ def whole_params(params: list[nn.Parameter]) -> Iterator[None]:
         safe_set_full_fp32_param(param, value)
 
 
-def _refuse_unsupported(engine, params: list[nn.Parameter], update: bool) -> None:
+def _refuse_unsupported(engine: Any, params: list[nn.Parameter], update: bool) -> None:
     zero, name = engine._config.zero_config, type(engine.optimizer).__name__
     if engine.zero_optimization_stage() == 0:
         raise ValueError(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from trl import DPOConfig
 
 from .config import NSPO2Config, check_options
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+else:
+    TrainingArguments = object  # the options have no base of their own, so that they can go before any config
 
-def nspo2_options(args) -> dict:
+
+def nspo2_options(args: object) -> dict:
     """The options of [`NSPO2Config`] that `args`, a trainer's config, has with the prefix `nspo2_`."""
     names = [f.name for f in fields(NSPO2Config) if f.name != "dim"]
     return {name: getattr(args, f"nspo2_{name}") for name in names}
 
 
 @dataclass
-class NSPO2Arguments:
+class NSPO2Arguments(TrainingArguments):
     """The options of NSPO2 as a trainer's config has them, to stand before a TRL config among the bases of a class."""
 
     nspo2_enabled: bool = field(
@@ -100,7 +106,7 @@ class NSPO2Arguments:
     )
     nspo2_seed: int = field(default=42, metadata={"help": "Seed of the randomized eigensolver."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(nspo2_options(self), prefix="nspo2_")
         super().__post_init__()
 

@@ -76,7 +76,15 @@ def _orthonormalize_(basis: torch.Tensor, keep: torch.Tensor, total: Total) -> t
     return keep
 
 
-def _from_left(stack, weights, values, left, k, epsilon, total) -> torch.Tensor:
+def _from_left(
+    stack: torch.Tensor,
+    weights: torch.Tensor,
+    values: torch.Tensor,
+    left: torch.Tensor,
+    k: int,
+    epsilon: float,
+    total: Total,
+) -> torch.Tensor:
     """Write the top-k right singular vectors that belong to `left` into `stack[:, :k]`; returns eigenvalues (B, k).
 
     Args:

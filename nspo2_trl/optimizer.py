@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -72,10 +73,10 @@ def create_nspo2_optimizer(
 def _inner(name: str) -> property:
     """An attribute of the optimizer inside; what the base constructor sets, before `nspo2` is there, is lost."""
 
-    def get(self):
+    def get(self: NSPO2Optimizer) -> Any:
         return getattr(self.optimizer, name)
 
-    def put(self, value):
+    def put(self: NSPO2Optimizer, value: Any) -> None:
         if "nspo2" in self.__dict__:
             setattr(self.optimizer, name, value)
 
@@ -146,6 +147,12 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         for part in self.nspo2.parts:
             part.previous = None  # the steps in between are no noise
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Filter and step. A closure is evaluated once, before; its loss is reported, see `report`."""
@@ -168,7 +175,7 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         sparse = [p for block in self.blocks for p in block.params if p.grad is not None and p.grad.is_sparse]
         return [entries(p.grad) for p in (*self.others, *sparse) if p.grad is not None]
 
-    def _look(self, loss) -> None:
+    def _look(self, loss: float | None) -> None:
         if not self.config.sentinel:
             return
         due = self.nspo2.parts[0].step_count % self.config.update_freq == 0

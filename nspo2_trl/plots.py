@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ COLORS = [
 # What is drawn in these colours takes the page's: one drawing for both themes.
 INK = "#010203"
 PLACEHOLDERS = [f"#0a0b{i:02x}" for i in range(len(COLORS))]
-RC = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10.5,
     "path.simplify": True,
@@ -198,7 +198,7 @@ def swatch(index: int) -> str:
     return to_svg(figure, "", f"swatch-{index}")
 
 
-def _axes(x_label: str, y_label: str):
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(4.5, 2.9))
     # the same place in every panel, so that axes stand in line on the page; wide enough for labels such as −0.0025
     axis = figure.add_axes((0.19, 0.17, 0.78, 0.76))
@@ -209,7 +209,7 @@ def _axes(x_label: str, y_label: str):
     return figure, axis
 
 
-def _log_axis(axis) -> None:
+def _log_axis(axis: Any) -> None:
     """Readable ticks over half a power of ten as well as over six; 10² would be a drawing of its own in SVG."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
@@ -219,7 +219,15 @@ def _log_axis(axis) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _line(axis, x: Sequence[float], y: Sequence[float], index: int, width: float, alpha=1.0, points=False) -> None:
+def _line(
+    axis: Any,
+    x: Sequence[float],
+    y: Sequence[float],
+    index: int,
+    width: float,
+    alpha: float = 1.0,
+    points: bool = False,
+) -> None:
     """One line; a value without neighbours would be none, so it gets a point."""
     known = [False, *(math.isfinite(value) for value in y), False]
     if not any(known):
@@ -243,7 +251,7 @@ def _color(index: int) -> str:
     return PLACEHOLDERS[index % len(PLACEHOLDERS)]
 
 
-def _dashes(index: int):
+def _dashes(index: int) -> Any:
     return STYLES[(index + index // len(COLORS)) % len(STYLES)]
 
 
@@ -255,7 +263,7 @@ def to_svg(figure: Figure, label: str, salt: str) -> str:
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)  # figure_1 and the like, in every figure
-    box = re.search(r'viewBox="[^"]*"', svg).group()
+    box = re.findall(r'viewBox="[^"]*"', svg)[0]
     said = f'role="img" aria-label="{html.escape(label)}"' if label else 'aria-hidden="true"'
     title = f"<title>{html.escape(label)}</title>" if label else ""
     svg = re.sub(r"<svg[^>]*>", f"<svg {box} {said}>{title}", svg, count=1)

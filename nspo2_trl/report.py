@@ -80,7 +80,9 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
     """
     from . import plots
 
-    learning, filtering, missing = [], [], []
+    learning: list[str] = []
+    filtering: list[str] = []
+    missing: list[str] = []
     for panel in plots.PANELS:
         place = learning if panel.by_time else filtering
         for by_time in [False, True][: 1 + panel.by_time]:

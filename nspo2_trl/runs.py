@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 STATE = "trainer_state.json"
 SPECTRA = 5  # checkpoints whose spectrum is read, at most
@@ -61,7 +62,7 @@ class Run:
         return seconds + (step - start) * (total - seconds) / (end - start)
 
 
-def number(value: object) -> float:
+def number(value: Any) -> float:
     """`value` of a log entry; NaN for what is no finite number."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else math.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .block_groups import BlockGroups
+from .sharding import Shards
 from .timing import Stopwatch
 
 
@@ -128,14 +129,14 @@ class SampleCollector:
         n = self.slot + 1
         scale = n if self.accelerator.scaler is None else n / self.accelerator.scaler.get_scale()
         own = [buffer[:n] if scale == 1 else buffer[:n].mul_(scale) for buffer in self.buffers]
-        shards = [group.shards for group in self.groups.groups]
-        if shards[0] is None:
+        shards = [group.shards for group in self.groups.groups if group.shards]
+        if not shards:
             return own
         if shards[0].ranks == 2 and self.groups.groups[0].moves is None:
-            return self._exchange_differences(own)
+            return self._exchange_differences(own, shards)
         return [shard.exchange(part).flatten(0, 1) for shard, part in zip(shards, own)]
 
-    def _exchange_differences(self, own: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _exchange_differences(self, own: list[torch.Tensor], shards: list[Shards]) -> list[torch.Tensor]:
         """The same for two ranks that both have the gradient of the step: its mean tells what the other's mean is.
 
         So one sample less has to travel. The gradient may have been clipped since: by what factor follows from
@@ -143,20 +144,19 @@ class SampleCollector:
         """
         means = [part.mean(0) for part in own]
         full = [group.full for group in self.groups.groups]
-        inner = sum((g * mean).sum() for g, mean in zip(full, means))
-        inner = self.groups.groups[0].shards.sum(inner) / 2
+        products = ((g * mean).sum() for g, mean in zip(full, means))
+        inner = shards[0].sum(sum(products, torch.zeros(()))) / 2
         clipped = sum(torch.linalg.vector_norm(g).square() for g in full) / inner
         clipped = torch.where(torch.isfinite(clipped) & (clipped > 0), clipped, 1.0)
         found = []
-        for group, part, mean, g in zip(self.groups.groups, own, means, full):
-            shards = group.shards
+        for group, shard, part, mean, g in zip(self.groups.groups, shards, own, means, full):
             others = part.new_zeros(len(part), *group.grad.shape)
             if len(part) > 1:
-                others[:-1] = shards.exchange(part[:-1] - mean)[1 - shards.rank]
+                others[:-1] = shard.exchange(part[:-1] - mean)[1 - shard.rank]
                 others[-1] = -others[:-1].sum(0)
-            others += 2 * shards.cut(g) / clipped - shards.cut(mean)
-            pair = (shards.cut(part), others)
-            found.append(torch.cat(pair if shards.rank == 0 else pair[::-1]))
+            others += 2 * shard.cut(g) / clipped - shard.cut(mean)
+            pair = (shard.cut(part), others)
+            found.append(torch.cat(pair if shard.rank == 0 else pair[::-1]))
         return found
 
     def release(self) -> None:
@@ -167,7 +167,7 @@ class SampleCollector:
         self.slot, self._touched, self._sampled = 0, False, False
 
 
-def _owners(model: nn.Module):
+def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """(module whose forward uses it, attribute path, parameter) of all parameters of `model`."""
     for path, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
@@ -187,7 +187,7 @@ class _WhenWhole:
     def __init__(self, name: str, hook: Callable[[torch.Tensor], None], handles: list):
         self.name, self.hook, self.handles, self.seen = name, hook, handles, None
 
-    def __call__(self, module: nn.Module, inputs) -> None:
+    def __call__(self, module: nn.Module, inputs: object) -> None:
         path, _, name = self.name.rpartition(".")
         param = getattr(module.get_submodule(path) if path else module, name)
         if param is not self.seen and not isinstance(param, DTensor) and param.requires_grad:

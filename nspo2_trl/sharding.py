@@ -9,7 +9,7 @@ are found on one rank for each block, so that ranks of different hardware cannot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,7 @@ class LocalParts:
         ValueError: a parameter is sharded in another way.
     """
 
-    def __init__(self, shards: Shards, positions: list[torch.Tensor], params: list[DTensor]):
+    def __init__(self, shards: Shards, positions: list[torch.Tensor], params: Sequence[DTensor]):
         for param in params:
             if param.device_mesh.ndim != 1 or param.placements != (Shard(0),):
                 raise ValueError(

@@ -7,6 +7,8 @@ running mean of earlier ones for ‖E g‖², and of the gradients between two e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .projection import ProjectionHead, restrict
@@ -25,7 +27,7 @@ class SignalEstimate:
     _NUMBERS = ("steps", "window_steps", "window_single", "window_count")
 
     def __init__(self, blocks: int, vectors: int, width: int, dtype: torch.dtype, device: torch.device):
-        kind = {"dtype": dtype, "device": device}
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
         # a step: <mean, reference>, noise energy, weight of the gradients in the reference
         self.history = torch.zeros(HISTORY, 3, blocks, **kind)
         self.taken = torch.zeros(blocks, width, **kind)  # the filter at the window's start
@@ -97,7 +99,7 @@ def pool(parts: list[SignalEstimate], batch_size: float) -> dict[str, float]:
     count = min(min(part.steps, HISTORY) for part in parts)
     if count < MIN_STEPS:
         return {}
-    products, noise, weights = sum(_newest(part.history, part.steps, count) for part in parts).T
+    products, noise, weights = sum((_newest(part.history, part.steps, count) for part in parts), torch.zeros(())).T
     weights = weights / sum(part.history.shape[2] for part in parts)
     if weights.sum() <= 0:
         return {}
@@ -109,7 +111,8 @@ def pool(parts: list[SignalEstimate], batch_size: float) -> dict[str, float]:
     found = {"noise_scale": batch_size * noise.sum().item() / (noise > 0).sum().item() / signal}
     count = min(min(part.window_count, WINDOWS) for part in parts)
     if count >= MIN_WINDOWS:
-        removed = sum(_newest(part.windows[:, None], part.window_count, count)[:, 0] for part in parts)
+        windows = (_newest(part.windows[:, None], part.window_count, count)[:, 0] for part in parts)
+        removed = sum(windows, torch.zeros(()))
         share = removed.mean().item() / signal
         standard_error = ((removed.var().item() / count + (share * error) ** 2) ** 0.5) / signal
         if standard_error < MAX_STANDARD_ERROR:

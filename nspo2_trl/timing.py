@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -28,7 +29,7 @@ class Stopwatch:
             self.start = time.perf_counter()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.cuda:
             self.events[-1][1].record()
         else:
@@ -50,13 +51,13 @@ class StepTimer(TrainerCallback):
     On a GPU the host runs ahead of the device by about a step; over the steps between two logs that averages out.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps, self.seconds, self.start = 0, 0.0, 0.0
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self.start
         self.steps += 1
 

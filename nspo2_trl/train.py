@@ -12,14 +12,16 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Sized
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, ProgressCallback
+from transformers import ProgressCallback
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -60,7 +62,8 @@ SHOWN = """model_name_or_path dataset_name dataset_config dataset_train_split da
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig))
+    kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(kinds)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
 
 
 def show_help(prog: str, everything: bool) -> None:
@@ -80,8 +83,8 @@ def show_help(prog: str, everything: bool) -> None:
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help + ("" if action.default is None else " (default: %(default)s)")
+    def _get_help_string(self, action: Action) -> str:
+        return (action.help or "") + ("" if action.default is None else " (default: %(default)s)")
 
 
 def parse(argv: list[str]) -> tuple:
@@ -92,7 +95,7 @@ def parse(argv: list[str]) -> tuple:
         FileNotFoundError: the YAML file is missing.
     """
     parser = make_parser()
-    parser.error = _raise  # one sentence, not pages of usage
+    parser.error = _raise  # type: ignore[method-assign]  # one sentence, not pages of usage
     if not argv:
         raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -121,7 +124,7 @@ def parse(argv: list[str]) -> tuple:
     return script_args, args, model_args, mixture
 
 
-def _check_keys(path: Path, parser: HfArgumentParser) -> None:
+def _check_keys(path: Path, parser: TrlParser) -> None:
     recipe = yaml.safe_load(path.read_text())
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
@@ -131,7 +134,7 @@ def _check_keys(path: Path, parser: HfArgumentParser) -> None:
             raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
 
 
-def _raise(message: str) -> None:
+def _raise(message: str) -> NoReturn:
     raise ValueError(message)
 
 
@@ -149,7 +152,7 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
                 "name an earlier one, or set `true` for the last whole one."
             )
         return wanted
-    found = last_checkpoint(args.output_dir)
+    found = last_checkpoint(str(args.output_dir))
     if found is None:
         raise ValueError(
             f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
@@ -160,9 +163,13 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
 # ---- the run ----
 
 
-def build(script_args, args, model_args, mixture) -> NSPO2DPOTrainer:
+def build(
+    script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig
+) -> NSPO2DPOTrainer:
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
+    # `parse` asks for the one, and TRL reads the other where it is a string
+    assert model_args.model_name_or_path is not None and not isinstance(args.model_init_kwargs, str)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
@@ -180,7 +187,7 @@ def build(script_args, args, model_args, mixture) -> NSPO2DPOTrainer:
         peft_config=get_peft_config(model_args),
     )
     for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
-        if hasattr(dataset, "__len__") and len(dataset) == 0:
+        if isinstance(dataset, Sized) and len(dataset) == 0:
             raise ValueError(
                 f"No row of the {name} set is left: each prompt alone has `max_length` ({args.max_length}) tokens or "
                 "more. Raise `max_length`."
@@ -193,7 +200,7 @@ def report(trainer: NSPO2DPOTrainer) -> None:
     history, console = trainer.state.log_history, Console()
     evals = [entry for entry in history if "eval_loss" in entry]
     if evals:
-        size = len(trainer.eval_dataset) if hasattr(trainer.eval_dataset, "__len__") else "some"
+        size = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else "some"
         table = Table(title=f"{size} held-out pairs, {trainer.state.global_step} steps")
         for column in ("", "before", "after"):
             table.add_column(column, justify="right" if column else "left")
@@ -220,7 +227,7 @@ def report(trainer: NSPO2DPOTrainer) -> None:
                 "(`nspo2_update_freq`), and the first log after that shows it."
             )
     print(f"Adapter: {trainer.args.output_dir}")
-    print(f"All logged figures: {os.path.join(trainer.args.output_dir, 'trainer_state.json')}")
+    print(f"All logged figures: {os.path.join(str(trainer.args.output_dir), 'trainer_state.json')}")
 
 
 def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:

@@ -15,6 +15,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,9 +33,16 @@ from .checkpoints import half_saved
 from .config import NSPO2Config
 from .data import check_preferences
 from .deepspeed import unwrap_step, whole_params, wrap_step
-from .dpo_config import NSPO2DPOConfig, nspo2_options
+from .dpo_config import NSPO2Arguments, NSPO2DPOConfig, nspo2_options
 from .samples import SampleCollector, sample_share
 from .timing import StepTimer, Stopwatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+    from trl.trainer.base_trainer import _BaseTrainer
+else:
+    _BaseTrainer = object  # the mixin has no base of its own, so that it can go before any trainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,33 +55,33 @@ class _StepCallback(TrainerCallback):
     def __init__(self, trainer: NSPO2Mixin):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._nspo2_follow()
         self.trainer._nspo2_wrap_engine()
         self.trainer.nspo2_samples.attach()
 
-    def on_substep_end(self, args, state, control, **kwargs):
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.nspo2_samples.next_micro_batch()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.deepspeed is None:  # else its engine has stepped by now, and called this before
             self.trainer._nspo2_begin_step()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._nspo2_end_step()
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         losses = {name: value for name, value in (metrics or {}).items() if name == "eval_loss"}
         if losses and state.global_step > 0:
             self.trainer.nspo2.watch(losses)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.nspo2_samples.detach()
         if self.trainer.deepspeed is not None:
             unwrap_step(self.trainer.deepspeed)
 
 
-class NSPO2Mixin:
+class NSPO2Mixin(_BaseTrainer):
     """What any TRL trainer needs to filter its gradients: stand it before the trainer among the bases of a class.
 
     The class sets `_nspo2_config_class`, a [`NSPO2Arguments`] that is the trainer's config too; `args` of that class
@@ -86,9 +94,14 @@ class NSPO2Mixin:
             The message says what to do.
     """
 
-    _nspo2_config_class: type
+    args: NSPO2Arguments
+    model: PreTrainedModel  # or a PeftModel, which has the attributes of the model in it
+    optimizer: torch.optim.Optimizer
+    deepspeed: Any  # its engine, None without DeepSpeed
+    nspo2: BlockGroups | Any  # None where NSPO2 is off
+    _nspo2_config_class: type[NSPO2Arguments]
 
-    def __init__(self, *args, **kwargs):
+    def _nspo2_init(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         model, config, wanted = given["model"], given.get("args"), self._nspo2_config_class
         if config is None:
@@ -103,6 +116,9 @@ class NSPO2Mixin:
         self._nspo2_check(given)
         super().__init__(**given)
         self._nspo2_setup()
+
+    if not TYPE_CHECKING:  # type checkers shall see the arguments of the trainer itself
+        __init__ = _nspo2_init
 
     def _nspo2_check(self, given: dict) -> None:
         """Refuse what can be refused before anything is loaded; `given` are the arguments by name."""
@@ -180,7 +196,7 @@ class NSPO2Mixin:
             self.nspo2.end_step()
             self.nspo2_samples.release()
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         steps, seconds = self.nspo2_step_timer.take() if self.model.training else (0, 0.0)
         if steps:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -193,12 +209,12 @@ class NSPO2Mixin:
             logs = {**logs, **{f"nspo2/{name}": value for name, value in figures.items()}}
         super().log(logs, *args, **kwargs)
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_to_card(os.path.join(self.args.output_dir, "README.md"), self)
+            add_to_card(os.path.join(str(self.args.output_dir), "README.md"), self)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         with half_saved(folder, remove=self.args.should_save):
             super()._save_checkpoint(model, trial)
@@ -234,7 +250,7 @@ class NSPO2Mixin:
             )
 
 
-def _refuse_unsupported(accelerator) -> None:
+def _refuse_unsupported(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     use = "Launch with DDP instead: `accelerate launch --multi_gpu ...`, or set `nspo2_enabled=False`."
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -263,6 +279,7 @@ class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
     A plain `DPOConfig` cannot say how to filter, so it is refused.
     """
 
+    args: NSPO2DPOConfig
     _nspo2_config_class = NSPO2DPOConfig
     _tag_names = ["trl", "dpo", "nspo2"]
 
@@ -286,11 +303,14 @@ def attach_nspo2(trainer: Trainer, config: NSPO2Config | None = None) -> Trainer
     kind = type(trainer)
     if isinstance(trainer, NSPO2Mixin):
         raise ValueError(f"This {kind.__name__} has NSPO2 already: set the `nspo2_` options of its `args`.")
+    assert trainer.model is not None
     lora_blocks(trainer.model)
     _refuse_unsupported(trainer.accelerator)
-    trainer.args.nspo2_enabled = True
+    args: Any = trainer.args
+    args.nspo2_enabled = True
     for name, value in asdict(config or NSPO2Config(strategy="keep")).items():
-        setattr(trainer.args, f"nspo2_{name}", value)
+        setattr(args, f"nspo2_{name}", value)
     trainer.__class__ = type(f"NSPO2{kind.__name__}", (NSPO2Mixin, kind), {})
+    assert isinstance(trainer, NSPO2Mixin)
     trainer._nspo2_setup()
     return trainer

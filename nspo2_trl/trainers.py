@@ -42,6 +42,7 @@ class NSPO2SFTConfig(NSPO2Arguments, SFTConfig):
 class NSPO2KTOTrainer(NSPO2Mixin, KTOTrainer):
     """[`~trl.KTOTrainer`] with NSPO2: the same arguments, `args` being a [`NSPO2KTOConfig`]."""
 
+    args: NSPO2KTOConfig
     _nspo2_config_class = NSPO2KTOConfig
     _tag_names = ["trl", "kto", "nspo2"]
 
@@ -52,6 +53,7 @@ class NSPO2GRPOTrainer(NSPO2Mixin, GRPOTrainer):
     A sample of the noise is the gradient of one micro-batch of completions.
     """
 
+    args: NSPO2GRPOConfig
     _nspo2_config_class = NSPO2GRPOConfig
     _tag_names = ["trl", "grpo", "nspo2"]
 
@@ -59,6 +61,7 @@ class NSPO2GRPOTrainer(NSPO2Mixin, GRPOTrainer):
 class NSPO2RewardTrainer(NSPO2Mixin, RewardTrainer):
     """[`~trl.RewardTrainer`] with NSPO2: the same arguments, `args` being a [`NSPO2RewardConfig`]."""
 
+    args: NSPO2RewardConfig
     _nspo2_config_class = NSPO2RewardConfig
     _tag_names = ["trl", "reward-trainer", "nspo2"]
 
@@ -66,5 +69,6 @@ class NSPO2RewardTrainer(NSPO2Mixin, RewardTrainer):
 class NSPO2SFTTrainer(NSPO2Mixin, SFTTrainer):
     """[`~trl.SFTTrainer`] with NSPO2: the same arguments, `args` being a [`NSPO2SFTConfig`]."""
 
+    args: NSPO2SFTConfig
     _nspo2_config_class = NSPO2SFTConfig
     _tag_names = ["trl", "sft", "nspo2"]
