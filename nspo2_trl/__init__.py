@@ -6,7 +6,7 @@ from .config import NSPO2Config, get_default_config
 from .core import NSPO2
 from .optimizer import NSPO2Optimizer, create_nspo2_optimizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # the engine needs torch alone; TRL is imported only by those who ask for a trainer
 _NEEDS_TRL = {

@@ -254,7 +254,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     except KeyboardInterrupt:
         last = last_checkpoint(args.output_dir)
         hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"
-        sys.exit(f"Interrupted after step {trainer.state.global_step}: {hint}.")
+        # below the progress bar, and once
+        sys.exit(f"\nInterrupted after step {trainer.state.global_step}: {hint}." if main_process else 130)
     except CheckpointError as error:
         sys.exit(f"error: {error}")
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
