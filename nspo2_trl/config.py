@@ -82,7 +82,7 @@ class NSPO2Config(MutableMapping):
             mean gradient (bias 0 by construction), `"hybrid"` half and half; `"auto"` starts with `keep` and moves
             as the sentinel says.
         projection_rank: number of directions removed a block, at most. 0 only measures.
-        update_freq: steps between two eigensolves.
+        update_freq: steps between two eigensolves, at most; a full buffer (2 `max_rank` samples) brings one earlier.
         trust_radius: how far the filter may move the running mean, as a share of its norm.
         target_bias: upper bound on `1 - cos(m, m')`; the rank is lowered until it holds.
         max_rank: number of directions that the covariance estimate tracks. Memory: up to 3 `max_rank` x dim floats,
@@ -100,7 +100,7 @@ class NSPO2Config(MutableMapping):
         strength: share of the component in the noise directions that is removed.
         anneal: share of training over which the strength falls linearly to 0; 0 keeps it constant.
         epsilon: eigenvalues below this share of the largest one count as zero.
-        seed: seed of the randomized eigensolver.
+        seed: seed of the randomized eigensolver and of the mixtures of rows that `"factored"` keeps.
 
     Raises:
         ValueError: a value is out of range; the message names the option and what it must be.

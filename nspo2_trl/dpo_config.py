@@ -41,7 +41,13 @@ class NSPO2Arguments(TrainingArguments):
         default=16,
         metadata={"help": "Directions removed per LoRA adapter, at most. 0 measures the noise and removes nothing."},
     )
-    nspo2_update_freq: int = field(default=10, metadata={"help": "Optimizer steps between two eigensolves."})
+    nspo2_update_freq: int = field(
+        default=10,
+        metadata={
+            "help": "Optimizer steps between two eigensolves, at most: one comes earlier where the buffer, of twice "
+            "`nspo2_max_rank` samples, is full."
+        },
+    )
     nspo2_trust_radius: float = field(
         default=0.1,
         metadata={"help": "How far the filter may move the running mean gradient, as a share of its norm."},
@@ -104,7 +110,10 @@ class NSPO2Arguments(TrainingArguments):
     nspo2_epsilon: float = field(
         default=1e-6, metadata={"help": "Eigenvalues below this share of the largest one count as zero."}
     )
-    nspo2_seed: int = field(default=42, metadata={"help": "Seed of the randomized eigensolver."})
+    nspo2_seed: int = field(
+        default=42,
+        metadata={"help": "Seed of the randomized eigensolver, and of the mixtures of rows that `factored` keeps."},
+    )
 
     def __post_init__(self) -> None:
         check_options(nspo2_options(self), prefix="nspo2_")

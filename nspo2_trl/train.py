@@ -12,12 +12,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Sized
 from pathlib import Path
-from typing import NoReturn
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -26,141 +23,16 @@ from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     RichProgressCallback,
-    TrlParser,
     get_peft_config,
     get_quantization_config,
 )
 
+from .arguments import checkpoint_to_resume, parse, show_help
 from .card import FIGURES, means
-from .checkpoints import CheckpointError, is_whole, last_checkpoint
-from .data import NSPO2ScriptArguments, nearest, splits
+from .checkpoints import CheckpointError, last_checkpoint
+from .data import NSPO2ScriptArguments, splits
 from .dpo_config import NSPO2DPOConfig
 from .trainer import NSPO2DPOTrainer
-
-# ---- arguments ----
-
-
-HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
-
-  {prog} --config recipes/quickstart/dpo.yaml
-  {prog} --config RECIPE.yaml --model_name_or_path MODEL --dataset_name PAIRS.jsonl --output_dir out/mine
-  {prog} --config RECIPE.yaml --resume_from_checkpoint true      go on after an interruption
-  {prog} --config RECIPE.yaml --nspo2_enabled false              plain DPO from the same recipe
-
-Every option may stand in the YAML file or here, and what stands here wins. Shown are the most used ones and all of
-NSPO2; `--help_all` shows every option of TRL's DPOConfig, ModelConfig and DatasetMixtureConfig too.{launch}"""
-LAUNCH = """
-
-Several processes: `--num_processes N`, and `--accelerate_config FILE` for one of recipes/accelerate_configs/*.yaml
-or your own. With several GPUs and neither, all GPUs are used as `accelerate launch` does."""
-SHOWN = """model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
-    prompt_column chosen_column rejected_column output_dir learning_rate beta loss_type max_length max_steps
-    num_train_epochs per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps
-    eval_strategy eval_steps logging_steps report_to save_steps save_total_limit resume_from_checkpoint
-    precompute_ref_log_probs bf16 gradient_checkpointing use_cpu seed push_to_hub hub_model_id
-    use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit dtype attn_implementation""".split()
-
-
-def make_parser() -> TrlParser:
-    kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(kinds)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
-
-
-def show_help(prog: str, everything: bool) -> None:
-    """Print the options: those that people set, or all of them."""
-    parser = make_parser()
-    launch = LAUNCH if prog == "nspo2 train" else ""
-    parser.prog, parser.usage = prog, f"{prog} --config RECIPE.yaml [--option value ...]"
-    parser.description = HELP.format(prog=prog, launch=launch)
-    parser.formatter_class = _HelpFormatter
-    for action in parser._actions:
-        wanted = everything or action.dest in SHOWN or action.dest.startswith("nspo2_")
-        # each option has a twin with hyphens, and each true one a twin with `--no_`
-        action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
-        if action.dest == "help" or not wanted or any(f.startswith("--no_") for f in action.option_strings):
-            action.help = SUPPRESS
-    parser.print_help()
-
-
-class _HelpFormatter(RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: Action) -> str:
-        return (action.help or "") + ("" if action.default is None else " (default: %(default)s)")
-
-
-def parse(argv: list[str]) -> tuple:
-    """NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig from `argv`.
-
-    Raises:
-        ValueError: a key of the YAML file that no field has, or a bad value.
-        FileNotFoundError: the YAML file is missing.
-    """
-    parser = make_parser()
-    parser.error = _raise  # type: ignore[method-assign]  # one sentence, not pages of usage
-    if not argv:
-        raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if "--config" in argv:
-        path = Path((argv + [""])[argv.index("--config") + 1])
-        if not path.is_file():
-            raise FileNotFoundError(f"`--config`: there is no recipe {str(path)!r}.")
-        _check_keys(path, parser)
-    known = [option for action in parser._actions for option in action.option_strings]
-    for arg in argv:
-        flag = arg.split("=")[0]
-        if flag.startswith("--") and flag != "--config" and not any(option.startswith(flag) for option in known):
-            raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
-    script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
-    model = model_args.model_name_or_path
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise FileNotFoundError(f"`model_name_or_path`: there is no folder {model!r}.")
-    if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
-    if Path(args.output_dir).is_file():
-        raise ValueError(f"`output_dir` {args.output_dir!r} is a file: choose a folder, it will be made.")
-    if script_args.dataset_name is None and not mixture.datasets:
-        raise ValueError("`dataset_name` is missing: set it to a hub id, a local folder or a .jsonl or .parquet file.")
-    return script_args, args, model_args, mixture
-
-
-def _check_keys(path: Path, parser: TrlParser) -> None:
-    recipe = yaml.safe_load(path.read_text())
-    if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
-    known = [action.dest for action in parser._actions] + ["env"]
-    for key in recipe:
-        if key not in known:
-            raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
-def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last one in `output_dir`."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "no"):
-        return None
-    if str(wanted).lower() not in ("true", "yes", "last"):
-        if not Path(wanted).is_dir():
-            raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
-        if not is_whole(wanted):
-            raise ValueError(
-                f"`resume_from_checkpoint`: {wanted!r} was saved only in part, it has no readable trainer_state.json: "
-                "name an earlier one, or set `true` for the last whole one."
-            )
-        return wanted
-    found = last_checkpoint(str(args.output_dir))
-    if found is None:
-        raise ValueError(
-            f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
-        )
-    return found
-
-
-# ---- the run ----
 
 
 def build(

@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
-from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
@@ -34,11 +32,11 @@ from .config import NSPO2Config
 from .data import check_preferences
 from .deepspeed import unwrap_step, whole_params, wrap_step
 from .dpo_config import NSPO2Arguments, NSPO2DPOConfig, nspo2_options
+from .refusals import refuse_unsupported
 from .samples import SampleCollector, sample_share
 from .timing import StepTimer, Stopwatch
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedModel
     from trl.trainer.base_trainer import _BaseTrainer
 else:
@@ -132,13 +130,7 @@ class NSPO2Mixin(_BaseTrainer):
         self.add_callback(self.nspo2_step_timer)
         if not self.args.nspo2_enabled:
             return
-        _refuse_unsupported(self.accelerator)
-        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision != "no":
-            logger.warning(
-                "FSDP2 with mixed precision rounds what the model returns, the log-probabilities too; that is too "
-                "coarse for preference losses, with plain TRL as well. Set `bf16: false` and `dtype: bfloat16` in the "
-                "recipe and `mixed_precision: 'no'` in the Accelerate config: the base model stays in bfloat16."
-            )
+        refuse_unsupported(self.accelerator)
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self._nspo2_start()
         self.add_callback(_StepCallback(self))
@@ -250,29 +242,6 @@ class NSPO2Mixin(_BaseTrainer):
             )
 
 
-def _refuse_unsupported(accelerator: Accelerator) -> None:
-    kind = accelerator.distributed_type
-    use = "Launch with DDP instead: `accelerate launch --multi_gpu ...`, or set `nspo2_enabled=False`."
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
-            "NSPO2 does not support FSDP1, which flattens parameters together: set `fsdp_version: 2` in the "
-            f"Accelerate config. {use}"
-        )
-    if kind == DistributedType.FSDP and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError(
-            "NSPO2 does not support FSDP2's offloading to the CPU: set `fsdp_offload_params: false` in the Accelerate "
-            f"config. {use}"
-        )
-    supported = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")
-    if kind not in [DistributedType[name] for name in supported]:
-        raise ValueError(f"NSPO2 does not support the distributed type {kind.value}. {use}")
-    plan = accelerator.parallelism_config
-    if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
-        raise ValueError(f"NSPO2 does not support tensor, context or sequence parallelism. {use}")
-    if accelerator.device.type == "mps":
-        raise ValueError("NSPO2 needs float64 for its small matrices, which MPS does not have: set `use_cpu=True`.")
-
-
 class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
     """[`~trl.DPOTrainer`] with NSPO2: the same arguments, `args` being a [`NSPO2DPOConfig`] (built when left out).
 
@@ -305,7 +274,7 @@ def attach_nspo2(trainer: Trainer, config: NSPO2Config | None = None) -> Trainer
         raise ValueError(f"This {kind.__name__} has NSPO2 already: set the `nspo2_` options of its `args`.")
     assert trainer.model is not None
     lora_blocks(trainer.model)
-    _refuse_unsupported(trainer.accelerator)
+    refuse_unsupported(trainer.accelerator)
     args: Any = trainer.args
     args.nspo2_enabled = True
     for name, value in asdict(config or NSPO2Config(strategy="keep")).items():

@@ -69,7 +69,7 @@ def run_sizes(options: argparse.Namespace) -> Iterator[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu")
     for cell in grid(options, ["sizes", "lora_r", "covariance", "projection_rank", "update_freq", "basis_dtype"]):
         cell |= sizes.measure(cell, options.micro_batches, device)
-        cell["h100"] = sizes.estimate(cell["model"], cell, cell["update_freq"])
+        cell["h100"] = sizes.estimate(cell["model"], cell)
         yield cell
 
 

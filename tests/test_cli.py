@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, launch_and_log
 from test_scripts import command
 
-from nspo2_trl import cli, train
+from nspo2_trl import arguments, cli, train
 
 
 def said(capsys, *argv) -> str:
@@ -35,7 +35,7 @@ def test_help_of_train_shows_what_people_set(capsys):
     for name in [name for name in options if name.startswith("nspo2_") or name.endswith("_column")]:
         assert f"  --{name}" in short
     assert "nspo2 train --config" in short and "--num_processes N" in short and "tpu_num_cores" not in short
-    assert all(f"--{name}" in short for name in train.SHOWN)
+    assert all(f"--{name}" in short for name in arguments.SHOWN)
     everything = said(capsys, "train", "--help_all")
     assert len(everything) > 3 * len(short) and "--hub_strategy" in everything
     train.main(["--help"])

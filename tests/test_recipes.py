@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import is_bitsandbytes_available
 from trl import get_peft_config, get_quantization_config
 
-from nspo2_trl import NSPO2DPOConfig, train
+from nspo2_trl import NSPO2Config, NSPO2DPOConfig, train
+from nspo2_trl.dpo_config import nspo2_options
 
 CONFIGS = sorted((ROOT / "recipes/accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*/dpo/*.yaml"))
@@ -65,7 +66,7 @@ def test_parses(path):
     for key, value in wanted.items():  # nothing was dropped or read as something else
         found = [getattr(part, key) for part in (script_args, args, model_args) if hasattr(part, key)]
         assert found[0] == ([] if value == "none" else value), key
-    assert args.nspo2_config().projection_rank == args.nspo2_projection_rank > 0
+    assert NSPO2Config(**nspo2_options(args)).projection_rank == args.nspo2_projection_rank > 0
     assert args.gradient_accumulation_steps >= 4  # samples of the noise
     lora, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     assert type(lora) is LoraConfig and lora.target_modules == "all-linear"

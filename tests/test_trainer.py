@@ -18,8 +18,9 @@ from trl import DPOConfig, DPOTrainer
 from nspo2_trl import NSPO2, NSPO2Config, NSPO2DPOConfig, NSPO2DPOTrainer
 from nspo2_trl.adapters import lora_blocks
 from nspo2_trl.dpo_config import nspo2_options
+from nspo2_trl.refusals import refuse_unsupported
 from nspo2_trl.samples import sample_share
-from nspo2_trl.trainer import NSPO2_STATE_NAME, _refuse_unsupported
+from nspo2_trl.trainer import NSPO2_STATE_NAME
 
 # ---- equality with DPOTrainer (invariant 1) ----
 
@@ -494,24 +495,24 @@ def test_unusable_data_is_refused(make_trainer, rows, message):
 )
 def test_unsupported_launches_are_refused(kind, words):
     with pytest.raises(ValueError, match=f"NSPO2 does not support .*{words}.*accelerate launch --multi_gpu"):
-        _refuse_unsupported(SimpleNamespace(distributed_type=kind, is_fsdp2=False))
+        refuse_unsupported(SimpleNamespace(distributed_type=kind, is_fsdp2=False))
 
 
 def test_fsdp_offloading_is_refused():
     plugin = SimpleNamespace(cpu_offload=CPUOffloadPolicy())
     state = SimpleNamespace(fsdp_plugin=plugin)
     with pytest.raises(ValueError, match="fsdp_offload_params: false"):
-        _refuse_unsupported(SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state))
+        refuse_unsupported(SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state))
 
 
 def test_other_parallelism_and_mps_are_refused():
     plan = SimpleNamespace(tp_enabled=True, cp_enabled=False, sp_enabled=False)
     common = {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
     with pytest.raises(ValueError, match="does not support tensor, context or sequence parallelism"):
-        _refuse_unsupported(SimpleNamespace(parallelism_config=plan, **common))
+        refuse_unsupported(SimpleNamespace(parallelism_config=plan, **common))
     common = {"distributed_type": DistributedType.NO, "device": torch.device("mps")}
     with pytest.raises(ValueError, match="use_cpu=True"):
-        _refuse_unsupported(SimpleNamespace(parallelism_config=None, **common))
+        refuse_unsupported(SimpleNamespace(parallelism_config=None, **common))
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
         for place in group.places:
             place.param.grad = torch.zeros_like(place.param)
     kinds: dict[str, list[float]] = {"filter": [], "learn": [], "solve": []}
-    bytes_, eigh = {}, 0
+    bytes_, eigh, solves = {}, 0, []
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for step in track(range(2 * config.update_freq + 1), description=cell["label"]):
         for group, buffer in zip(groups.groups, samples):
@@ -109,13 +109,15 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
         seconds = time.perf_counter() - start
         if groups.parts[0].cov and groups.parts[0].cov.solved > solved:
             kind = "solve"
+            solves.append(step)
         if step >= 2 * config.update_freq - 5:
             bytes_[kind], eigh = traffic.bytes, max(eigh, traffic.eigh)
         elif step > 0:
             kinds[kind].append(seconds)
-    parts, learn = groups.parts, groups.share - 1 / config.update_freq
+    # oftener than `update_freq` says where the buffer of 2 max_rank rows is full before
+    parts, every = groups.parts, (solves[-1] - solves[0]) / (len(solves) - 1)
     state = sum(part.cov.stack.nbytes + part.reference.nbytes for part in parts)
-    shares = {"filter": 1 - groups.share, "learn": learn, "solve": 1 / config.update_freq}
+    shares = {"filter": 1 - groups.share, "learn": groups.share - 1 / every, "solve": 1 / every}
     return {
         "entries": entries,
         "blocks": len(blocks),
@@ -127,15 +129,16 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
         "ms": {kind: 1000 * statistics.median(values) if values else None for kind, values in kinds.items()},
         "gib_moved": {kind: value / 2**30 for kind, value in bytes_.items()},
         "eigh_matrices": eigh,
+        "solve_every": every,
         "gib_moved_a_step": sum(shares[kind] * value for kind, value in bytes_.items()) / 2**30,
     }
 
 
-def estimate(size: str, found: dict, update_freq: int) -> dict:
+def estimate(size: str, found: dict) -> dict:
     """Seconds on an H100, see above: of a training step, and of NSPO2 in it."""
     step = 8 * parameters(size) * TOKENS / FLOPS
     moved = found["gib_moved_a_step"] * 2**30 / BANDWIDTH
-    solved = found["eigh_matrices"] * EIGH_SECONDS / update_freq
+    solved = found["eigh_matrices"] * EIGH_SECONDS / found["solve_every"]
     return {"step_s": step, "traffic_s": moved, "eigh_s": solved, "share": (moved + solved) / step}
 
 
