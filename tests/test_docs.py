@@ -203,7 +203,7 @@ def test_commands_parse(page, monkeypatch):
     known = {option for action in arguments.make_parser()._actions for option in action.option_strings}
     for words in commands(page):
         words = words[sum("=" in word for word in words[:2] if not word.startswith("-")) :]  # variables come first
-        assert words[0] in ("accelerate", "nspo2", "pip", "python", "ruff"), words
+        assert words[0] in ("accelerate", "mypy", "nspo2", "pip", "python", "ruff"), words
         for word in words:
             if re.match(r"(recipes|scripts|examples|tests|benchmarks|docs)/", word):
                 assert Path(word).exists(), word

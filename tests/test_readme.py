@@ -12,7 +12,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     for name in ("recipes", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 3
     for block in BLOCKS:
         exec(block, {"__name__": "readme"})
 
