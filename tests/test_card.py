@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT, figures
 from huggingface_hub import HfApi, ModelCard, RepoUrl
-from test_scripts import command, logged
+from test_scripts import command, logged, small_data
 from trl import RichProgressCallback
 
 from nspo2_trl import train
@@ -41,7 +41,7 @@ def test_the_recipe_of_the_card_trains_the_same(tmp_path, monkeypatch):
     train.main(command(tmp_path, "--nspo2_strategy", "hybrid"))
     text = (tmp_path / "out/README.md").read_text()
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    recipe |= {"dataset_name": "recipes/quickstart/data", "output_dir": str(tmp_path / "again")}
+    recipe |= {"dataset_name": small_data(), "output_dir": str(tmp_path / "again")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train.main(["--config", str(tmp_path / "recipe.yaml")])
     first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again"))

@@ -1,9 +1,12 @@
 """scripts/train.py as a user runs it, and every way of running it wrongly."""
 
+import functools
 import gzip
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,10 +23,21 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@functools.cache
+def small_data() -> str:
+    """A folder with the first pairs of the quick start, which are tokenized faster than all of them."""
+    folder = Path(tempfile.mkdtemp())
+    for split in ("train", "test"):
+        few_rows(folder / f"{split}.jsonl", 48)
+    return str(folder)
+
+
 def command(tmp_path, *extra, steps=4):
     options = [
         "--config",
         RECIPE,
+        "--dataset_name",
+        small_data(),
         "--output_dir",
         str(tmp_path / "out"),
         "--max_steps",
