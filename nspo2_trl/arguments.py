@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -99,13 +100,19 @@ def parse(argv: list[str]) -> tuple:
 
 
 def _check_keys(path: Path, parser: TrlParser) -> None:
-    recipe = yaml.safe_load(path.read_text())
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
-    known = [action.dest for action in parser._actions] + ["env"]
-    for key in recipe:
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    known = [*actions, "env"]
+    for key, value in recipe.items():
         if key not in known:
             raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
+        if key in actions and actions[key].type in (int, float) and isinstance(value, (list, dict, bool)):
+            raise ValueError(f"The recipe {str(path)!r}: `{key}` must be a number, got {value!r}.")
 
 
 def _raise(message: str) -> NoReturn:
@@ -114,8 +121,13 @@ def _raise(message: str) -> NoReturn:
 
 def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
     """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last one in `output_dir`."""
-    wanted = args.resume_from_checkpoint
+    wanted, found = args.resume_from_checkpoint, last_checkpoint(str(args.output_dir))
     if wanted is None or str(wanted).lower() in ("false", "no"):
+        if found is not None:
+            raise ValueError(
+                f"`output_dir`: {found!r} is of an earlier run. Add `--resume_from_checkpoint true` to go on with it, "
+                "or choose another `--output_dir` to start anew."
+            )
         return None
     if str(wanted).lower() not in ("true", "yes", "last"):
         if not Path(wanted).is_dir():
@@ -126,9 +138,19 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
                 "name an earlier one, or set `true` for the last whole one."
             )
         return wanted
-    found = last_checkpoint(str(args.output_dir))
     if found is None:
         raise ValueError(
             f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
         )
     return found
+
+
+def check_adapter(checkpoint: str, model_args: ModelConfig) -> None:
+    """Refuse to resume an adapter of another rank, whose weights would not fit."""
+    path = Path(checkpoint) / "adapter_config.json"
+    rank = json.loads(path.read_text())["r"] if path.is_file() else model_args.lora_r
+    if rank != model_args.lora_r:
+        raise ValueError(
+            f"`lora_r` is {model_args.lora_r}, but the adapter in {checkpoint!r} has {rank}: set it to {rank}, or "
+            "choose another `--output_dir` to start anew."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from .dpo_config import NSPO2Arguments, nspo2_options
 
 if TYPE_CHECKING:
     from .trainer import NSPO2Mixin
@@ -30,9 +33,11 @@ CITATION = """@software{nspo2,
     year  = 2024,
     url   = {https://github.com/PrayPrey/NSRPO2}
 }"""
-# where a run was, not what it did; and what Trainer fills in by itself
+# where a run was and who may write there, not what it did; and what Trainer fills in by itself
 _LEFT_OUT = {"output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "report_to"}
-_LEFT_OUT |= {"accelerator_config", "debug", "do_eval", "dataloader_pin_memory", "pad_to_multiple_of", "disable_tqdm"}
+_LEFT_OUT |= {"hub_token", "push_to_hub_token", "push_to_hub", "accelerator_config", "debug", "do_eval"}
+_LEFT_OUT |= {"dataloader_pin_memory", "pad_to_multiple_of", "disable_tqdm"}
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "modules_to_save")
 
 
 def means(log_history: Sequence[dict]) -> dict[str, float]:
@@ -42,45 +47,63 @@ def means(log_history: Sequence[dict]) -> dict[str, float]:
 
 
 def recipe(trainer: NSPO2Mixin) -> dict:
-    """The settings of the run that differ from the defaults, as a recipe for `nspo2 train` has them.
+    """The settings of the run that differ from the defaults, under the names that recipes have for them.
 
-    Folders and secrets are left out.
+    Folders and secrets are left out; what YAML cannot hold is written as text.
     """
-    shown = trainer.args.to_dict()  # with secrets masked, and what YAML can hold
-    chosen: dict[str, Any] = {"model_name_or_path": trainer.model.config._name_or_path}
-    for f in fields(trainer.args):
+    args = trainer.args
+    chosen: dict[str, Any] = {"model_name_or_path": _base_model(trainer)}
+    for f in fields(args):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        value = getattr(trainer.args, f.name)
-        if f.init and value != default and f.name not in _LEFT_OUT and "token" not in f.name:
-            chosen[f.name] = shown.get(f.name)
+        if f.init and f.name not in _LEFT_OUT and getattr(args, f.name) != default:
+            chosen[f.name] = getattr(args, f.name)
+    if args.nspo2_enabled:  # an attached trainer has them beside its fields
+        defaults = nspo2_options(NSPO2Arguments)
+        chosen |= {f"nspo2_{k}": value for k, value in nspo2_options(args).items() if value != defaults[k]}
     peft_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
     if peft_config is not None:
-        modules = peft_config.target_modules
-        chosen |= {
-            "use_peft": True,
-            "lora_r": peft_config.r,
-            "lora_alpha": peft_config.lora_alpha,
-            "lora_dropout": peft_config.lora_dropout,
-            "lora_target_modules": sorted(modules) if isinstance(modules, (set, list)) else modules,
-        }
-    return chosen
+        lora = {name.removeprefix("lora_"): getattr(peft_config, name, None) for name in _LORA}
+        lora |= {name: sorted(value) for name, value in lora.items() if isinstance(value, set)}
+        named = {name if name.startswith("use_") else f"lora_{name}": value for name, value in lora.items()}
+        chosen |= {"use_peft": True} | {name: value for name, value in named.items() if value}
+    if getattr(trainer.model.config, "quantization_config", None) is not None:
+        chosen["load_in_4bit" if getattr(trainer.model, "is_loaded_in_4bit", False) else "load_in_8bit"] = True
+    return _without_secrets(json.loads(json.dumps(chosen, default=_as_text)))
+
+
+def _as_text(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        secrets = ("token", "auth_token", "api_key", "password")
+        return {key: _without_secrets(inner) for key, inner in value.items() if not key.endswith(secrets)}
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _base_model(trainer: NSPO2Mixin) -> str:
+    """The hub id of the base model, of a local folder its name."""
+    name = str(trainer.model.config._name_or_path).rstrip("/")
+    return os.path.basename(name) if os.path.isdir(name) else name
+
+
+def _what_was_done(trainer: NSPO2Mixin) -> str:
+    args = trainer.args
+    if trainer.nspo2 is None:
+        return "Trained by an NSPO2 trainer with `nspo2_enabled: false`, that is without NSPO2."
+    estimate = "NSPO2 estimates the noise of the LoRA adapters' gradients while training runs"
+    if not means(trainer.state.log_history).get("active") or args.nspo2_projection_rank == 0:
+        return f"{estimate}; in this run it only measured, nothing was filtered."
+    what = "The gradients of the LoRA adapters were" if args.nspo2_apply_to == "gradient" else "The updates were"
+    return f"{estimate}. {what} filtered: the strongest noise directions removed (strategy `{args.nspo2_strategy}`)."
 
 
 def add_to_card(path: str, trainer: NSPO2Mixin) -> None:
     """Add the section on NSPO2 to the model card that TRL wrote, and mend what it says of a local base model."""
     card = Path(path).read_text()
-    name = trainer.model.config._name_or_path
-    card = card.replace("[None](https://huggingface.co/None)", f"`{os.path.basename(name.rstrip('/')) or 'a model'}`")
-    card = card.replace('model="None"', f'model="{trainer.args.output_dir}"')
-    lines = [
-        "## NSPO2",
-        "",
-        f"The gradients of the LoRA adapters were filtered with NSPO2 (strategy `{trainer.args.nspo2_strategy}`): it "
-        "estimates their noise while training runs and removes its strongest directions."
-        if trainer.nspo2 is not None
-        else "Trained by an NSPO2 trainer with `nspo2_enabled: false`, that is without NSPO2.",
-        "",
-    ]
+    card = card.replace("[None](https://huggingface.co/None)", f"`{_base_model(trainer) or 'a model'}`")
+    card = card.replace('model="None"', f'model="{Path(str(trainer.args.output_dir)).name}"')
     history = trainer.state.log_history
     evals = [entry for entry in history if "eval_loss" in entry]
     figures = [(key, f"{value:.4g}", "last evaluation") for key, value in (evals[-1] if evals else {}).items()]
@@ -88,9 +111,9 @@ def add_to_card(path: str, trainer: NSPO2Mixin) -> None:
     figures += [(f"nspo2/{key}", f"{value:.4g}", FIGURES[key]) for key, value in means(history).items()]
     if trainer.nspo2 is not None:
         figures.append(("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers"))
-    lines += [
-        f"Measured in this run of {trainer.state.global_step} steps; NSPO2's figures are means of what was logged:"
-    ]
+    steps = trainer.state.global_step
+    lines = ["## NSPO2", "", _what_was_done(trainer), ""]
+    lines += [f"Measured in this run of {steps} steps; NSPO2's figures are means of what was logged:"]
     lines += ["", "| figure | value | |", "|---|---|---|"]
     lines += [f"| `{key}` | {value} | {words} |" for key, value, words in figures]
     settings = yaml.safe_dump(recipe(trainer), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: a half-saved one is removed, and never resumed from."""
+"""Checkpoints are whole or not there: a half-saved one is removed, and resuming passes over it."""
 
 from __future__ import annotations
 
@@ -37,29 +37,41 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return str(found[max(found)]) if found else None
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
-def half_saved(checkpoint: str, remove: bool) -> Iterator[None]:
+def half_saved(checkpoint: str, writer: bool) -> Iterator[None]:
     """Remove the folder `checkpoint` if saving it ends early, by Ctrl-C or by an error.
 
     Parameters:
         checkpoint: the folder that is being written.
-        remove: whether this process is the one that writes it.
+        writer: whether this process is the one that answers for it; the others' errors stay what they are.
 
     Raises:
         CheckpointError: it could not be written.
     """
+    if writer:  # of an earlier run, whose files are overwritten from now on
+        (Path(checkpoint) / TRAINER_STATE_NAME).unlink(missing_ok=True)
     try:
         yield
     except BaseException as error:
-        if remove and not is_whole(checkpoint):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) or is_whole(checkpoint):
+        if not writer or is_whole(checkpoint):
+            raise
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        if not _is_of_the_disk(error):
             raise
         folder = os.path.dirname(checkpoint)
         free = shutil.disk_usage(folder).free / 2**20
         last = last_checkpoint(folder)
         again = f"resume from {last} (`resume_from_checkpoint`)" if last else "start again: there is no checkpoint yet"
         raise CheckpointError(
-            f"The checkpoint {checkpoint!r} could not be written ({str(error).splitlines()[0]}) and was removed; "
+            f"The checkpoint {checkpoint!r} could not be written ({first_line(error)}) and was removed; "
             f"{free:.0f} MiB are free there. Make room, or choose another `output_dir`, then {again}."
         ) from error
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    torn = isinstance(error, RuntimeError) and "inline_container" in str(error)  # torch.save's writer of archives
+    return torn or isinstance(error, (OSError, SafetensorError))

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import os
 import platform
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -52,9 +51,11 @@ def train(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="nspo2 train", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--accelerate_config")
+    parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
     launch, argv = parser.parse_known_args(argv)
-    several = (launch.num_processes or torch.cuda.device_count()) > 1 or launch.accelerate_config
-    if not several or {"-h", "--help", "--help_all"} & set(argv):
+    gpus = torch.cuda.device_count()  # with several in sight one process would spread the model's batches over them
+    several = max(gpus, launch.num_processes or 1) > 1 or launch.accelerate_config
+    if not several or "LOCAL_RANK" in os.environ or {"-h", "--help", "--help_all"} & set(argv):
         from .train import main as run
 
         return run(argv, prog="nspo2 train")
@@ -64,14 +65,13 @@ def train(argv: list[str]) -> None:
             sys.exit(f"error: `--accelerate_config`: there is no file {launch.accelerate_config!r}.")
         options += ["--config_file", launch.accelerate_config]
     elif launch.num_processes:  # said in full, or accelerate warns about what it assumes
-        options += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        options += ["--multi_gpu"] if launch.num_processes > 1 else []
+        options += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if launch.num_processes:
         options += ["--num_processes", str(launch.num_processes)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "nspo2_trl.train", *argv]
-    try:
-        sys.exit(subprocess.run(command).returncode)
-    except KeyboardInterrupt:  # the processes have had it too, and say how to go on
-        sys.exit(130)
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # the launcher in the place of this process, so that signals reach it
 
 
 # ---- nspo2 env ----

@@ -63,6 +63,8 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
         raise ValueError(
             f"The dataset has no split {test_name!r}: set `dataset_test_split`, or `eval_strategy: 'no'`."
         )
+    if len(data[train_name]) < 2:
+        raise ValueError(f"{name} has one row, none can be held out: add rows, or set `eval_strategy: 'no'`.")
     halves = data[train_name].train_test_split(HELD_OUT, seed=args.seed)
     if args.process_index == 0:
         print(f"No split {test_name!r}: {len(halves['test'])} of {len(data[train_name])} rows are held out.")
@@ -101,20 +103,22 @@ def rename_columns(dataset: Dataset | IterableDataset, script_args: NSPO2ScriptA
     Raises:
         ValueError: there is no such column.
     """
-    for target in ("prompt", "chosen", "rejected"):
-        source = getattr(script_args, f"{target}_column")
-        if source is None or source == target:
-            continue
-        names = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them
+    wanted = {getattr(script_args, f"{target}_column"): target for target in ("prompt", "chosen", "rejected")}
+    wanted = {source: target for source, target in wanted.items() if source is not None}
+    if not wanted:
+        return dataset
+    names = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them
+    for source, target in wanted.items():
         if source not in names:
             raise ValueError(
                 f"`{target}_column`: the dataset has no column {source!r}, it has {', '.join(names)}."
                 f"{nearest(source, names)}"
             )
-        if target in names:
-            dataset = dataset.remove_columns(target)
-        dataset = dataset.rename_column(source, target)
-    return dataset
+    in_the_way = [target for target in wanted.values() if target in names and target not in wanted]
+    moved = {source: target for source, target in wanted.items() if source != target}
+    # by way of names that nothing has, since two columns may change places
+    dataset = dataset.remove_columns(in_the_way).rename_columns({name: f"{name} " for name in moved})
+    return dataset.rename_columns({f"{name} ": target for name, target in moved.items()})
 
 
 def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
@@ -169,7 +173,7 @@ def _fault(row: Mapping) -> str | None:
             return f"`{column}` is missing"
         if not isinstance(value, (str, list)):
             return f"`{column}` is {type(value).__name__}, it must be text or a list of messages"
-        if not value and column != "prompt":
+        if not value and not (column == "prompt" and isinstance(value, str)):
             return f"`{column}` is empty"
         kinds[column] = "text" if isinstance(value, str) else "messages"
         for message in value if isinstance(value, list) else ():

@@ -18,7 +18,7 @@ from .comparison import STYLES
 from .runs import unit_of
 
 if TYPE_CHECKING:
-    from .report import Run
+    from .runs import Run
 
 # Of each run's lines, on a light and on a dark page; told apart without colour vision too, and by the dashes.
 COLORS = [

@@ -27,7 +27,7 @@ from trl import (
     get_quantization_config,
 )
 
-from .arguments import checkpoint_to_resume, parse, show_help
+from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .card import FIGURES, means
 from .checkpoints import CheckpointError, last_checkpoint
 from .data import NSPO2ScriptArguments, splits
@@ -40,8 +40,9 @@ def build(
 ) -> NSPO2DPOTrainer:
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
-    # `parse` asks for the one, and TRL reads the other where it is a string
-    assert model_args.model_name_or_path is not None and not isinstance(args.model_init_kwargs, str)
+    assert model_args.model_name_or_path is not None  # `parse` asks for it
+    if not isinstance(args.model_init_kwargs, (dict, type(None))):
+        raise ValueError(f"`model_init_kwargs` must be a mapping, got {args.model_init_kwargs!r}.")
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     try:
         script_args, args, model_args, mixture = parse(argv)
         checkpoint = checkpoint_to_resume(args)
+        if checkpoint is not None:
+            check_adapter(checkpoint, model_args)
         args.eval_on_start = args.eval_on_start or (args.eval_strategy != "no" and checkpoint is None)
         trainer = build(script_args, args, model_args, mixture)
     except (ValueError, OSError) as error:
@@ -121,12 +124,6 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         trainer.add_callback(RichProgressCallback)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")
-    elif main_process and last_checkpoint(args.output_dir):
-        print(
-            f"Starting anew, though {last_checkpoint(args.output_dir)} of an earlier run is there: it will be "
-            "overwritten when this run comes to that step. To go on with it, stop now and add "
-            "`--resume_from_checkpoint true`; to keep it, choose another `--output_dir`."
-        )
     again = "add `--resume_from_checkpoint true` to the same command"
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -27,7 +27,7 @@ from .adapters import lora_blocks
 from .block_groups import BlockGroups, any_bad, entries
 from .blocks import params_outside
 from .card import add_to_card
-from .checkpoints import half_saved
+from .checkpoints import first_line, half_saved, last_checkpoint
 from .config import NSPO2Config
 from .data import check_preferences
 from .deepspeed import unwrap_step, whole_params, wrap_step
@@ -100,16 +100,19 @@ class NSPO2Mixin(_BaseTrainer):
     _nspo2_config_class: type[NSPO2Arguments]
 
     def _nspo2_init(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        inits = (inspect.signature(vars(kind)["__init__"]) for kind in type(self).__mro__ if "__init__" in vars(kind))
+        signature = next(found for found in inits if "model" in found.parameters)  # others hand on what they get
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        del given["self"]
         model, config, wanted = given["model"], given.get("args"), self._nspo2_config_class
         if config is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             config = given["args"] = wanted(f"{model_name.rstrip('/').split('/')[-1]}-NSPO2-{self._name}")
         if not isinstance(config, wanted):
-            plain = wanted.__name__.removeprefix("NSPO2")
+            got = type(config).__name__
             raise TypeError(
-                f"`args` must be an {wanted.__name__}, got {type(config).__name__}: replace `{plain}(...)` by "
-                f"`{wanted.__name__}(...)` with the same arguments."
+                f"`args` must be an {wanted.__name__}, got {got}: replace `{got}(...)` by `{wanted.__name__}(...)` "
+                "with the same arguments."
             )
         self._nspo2_check(given)
         super().__init__(**given)
@@ -138,9 +141,9 @@ class NSPO2Mixin(_BaseTrainer):
     def _nspo2_follow(self) -> None:
         """FSDP2 puts sharded parameters in the place of those that the trainer was made with: work on these.
 
-        DeepSpeed moves them to the device only when training starts.
+        So does a Trainer with `model_init`. DeepSpeed moves them to the device only when training starts.
         """
-        if self.is_fsdp_enabled and not self.nspo2.holds(self.model.parameters()):
+        if not self.nspo2.holds(self.model.parameters()):
             self._nspo2_start()
         self.nspo2.follow()
 
@@ -189,7 +192,8 @@ class NSPO2Mixin(_BaseTrainer):
             self.nspo2_samples.release()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        steps, seconds = self.nspo2_step_timer.take() if self.model.training else (0, 0.0)
+        # only with the loss: callbacks log other things, and these figures belong to a window of steps
+        steps, seconds = self.nspo2_step_timer.take() if "loss" in logs else (0, 0.0)
         if steps:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             figures = {"batch_size": batch, "step_time": seconds / steps}
@@ -201,6 +205,11 @@ class NSPO2Mixin(_BaseTrainer):
             logs = {**logs, **{f"nspo2/{name}": value for name, value in figures.items()}}
         super().log(logs, *args, **kwargs)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:  # Trainer would take the last one, whole or not
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
@@ -208,7 +217,7 @@ class NSPO2Mixin(_BaseTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        with half_saved(folder, remove=self.args.should_save):
+        with half_saved(folder, writer=self.args.should_save):
             super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -219,6 +228,19 @@ class NSPO2Mixin(_BaseTrainer):
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, NSPO2_STATE_NAME))
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last thing that every process writes: all have to know whether one could not."""
+        error = None
+        try:
+            super()._save_rng_state(output_dir)
+        except (OSError, RuntimeError) as failure:
+            error = failure
+        failed = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.accelerator.device))
+        if error is not None:
+            raise error
+        if failed > 0:
+            raise OSError("another process could not write its part")
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.nspo2 is None or checkpoint is None:
@@ -228,8 +250,8 @@ class NSPO2Mixin(_BaseTrainer):
         reason = None
         try:
             self.nspo2.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-            reason = "it is not there" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, UnpicklingError) as error:
+            reason = "it is not there" if isinstance(error, FileNotFoundError) else first_line(error)
         # all ranks must go on from the same state
         failed = self.nspo2.total(torch.tensor(float(reason is not None), device=self.accelerator.device))
         if failed > 0:
@@ -279,7 +301,8 @@ def attach_nspo2(trainer: Trainer, config: NSPO2Config | None = None) -> Trainer
     args.nspo2_enabled = True
     for name, value in asdict(config or NSPO2Config(strategy="keep")).items():
         setattr(args, f"nspo2_{name}", value)
-    trainer.__class__ = type(f"NSPO2{kind.__name__}", (NSPO2Mixin, kind), {})
+    tags = {"_tag_names": [*getattr(kind, "_tag_names", []), "nspo2"]}
+    trainer.__class__ = type(f"NSPO2{kind.__name__}", (NSPO2Mixin, kind), tags)
     assert isinstance(trainer, NSPO2Mixin)
     trainer._nspo2_setup()
     return trainer

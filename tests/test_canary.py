@@ -105,7 +105,8 @@ METHODS = [
     ("transformers.Trainer", "_save_checkpoint", ["model", "trial"], "trainer.py: removes a half-saved checkpoint"),
     ("transformers.Trainer", "_save_optimizer_and_scheduler", ["output_dir"], "trainer.py: saves its state there"),
     ("transformers.Trainer", "_load_optimizer_and_scheduler", ["checkpoint"], "trainer.py: loads its state there"),
-    ("transformers.Trainer", "train", ["resume_from_checkpoint"], "train.py"),
+    ("transformers.Trainer", "_save_rng_state", ["output_dir"], "trainer.py: all learn whether one could not write"),
+    ("transformers.Trainer", "train", ["resume_from_checkpoint"], "trainer.py: passes over half a checkpoint"),
     ("transformers.Trainer", "push_to_hub", [], "train.py"),
     (
         "trl.trainer.base_trainer._BaseTrainer",

@@ -2,14 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, figures
+from conftest import MODEL, ROOT, figures
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from test_scripts import command, logged, small_data
-from trl import RichProgressCallback
+from transformers import BitsAndBytesConfig
+from trl import DPOTrainer, RichProgressCallback
 
-from nspo2_trl import train
+from nspo2_trl import NSPO2Config, attach_nspo2, train
 from nspo2_trl.card import means
 
 
@@ -41,11 +43,47 @@ def test_the_recipe_of_the_card_trains_the_same(tmp_path, monkeypatch):
     train.main(command(tmp_path, "--nspo2_strategy", "hybrid"))
     text = (tmp_path / "out/README.md").read_text()
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    recipe |= {"dataset_name": small_data(), "output_dir": str(tmp_path / "again")}
+    recipe |= {"model_name_or_path": MODEL, "dataset_name": small_data(), "output_dir": str(tmp_path / "again")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train.main(["--config", str(tmp_path / "recipe.yaml")])
     first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again"))
     assert first == second
+
+
+def test_card_keeps_secrets_and_takes_any_value(make_trainer):
+    trainer = make_trainer(max_steps=2, model_init_kwargs={"dtype": "float32", "token": "hf_SECRET"})
+    trainer.args.learning_rate = np.float64(1e-3)
+    trainer.args.model_init_kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    trainer.train()
+    trainer.create_model_card()
+    text = open(f"{trainer.args.output_dir}/README.md").read()
+    assert "SECRET" not in text and "learning_rate: 0.001" in text and "load_in_4bit" in text
+    assert MODEL not in text and trainer.args.output_dir not in text and "model_name_or_path: model" in text
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"nspo2_projection_rank": 0}, "it only measured, nothing was filtered"),
+        ({"nspo2_apply_to": "update"}, "The updates were filtered"),
+        ({"nspo2_update_freq": 9}, "it only measured, nothing was filtered"),
+    ],
+)
+def test_card_says_what_was_done(make_trainer, options, said):
+    trainer = make_trainer(max_steps=4, lora={"use_dora": True}, **options)
+    trainer.train()
+    trainer.create_model_card()
+    text = open(f"{trainer.args.output_dir}/README.md").read()
+    assert said in text and "use_dora: true" in text
+
+
+def test_card_of_an_attached_trainer(make_trainer):
+    trainer = attach_nspo2(make_trainer(DPOTrainer, max_steps=2), NSPO2Config(strategy="noise", projection_rank=3))
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(f"{trainer.args.output_dir}/README.md")
+    assert "nspo2" in card.data.tags
+    assert "nspo2_strategy: noise" in card.content and "nspo2_projection_rank: 3" in card.content
 
 
 def test_card_of_a_plain_run_claims_nothing(make_trainer):

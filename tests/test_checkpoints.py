@@ -48,6 +48,52 @@ def test_interrupt_while_saving_leaves_no_half_checkpoint(make_trainer, monkeypa
     assert_same(trainable(rest), trainable(uninterrupted))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_saving_over_the_checkpoint_of_an_earlier_run(make_trainer, monkeypatch, error):
+    first = saving(make_trainer)
+    first.train()
+    out = first.args.output_dir
+    second = saving(make_trainer, learning_rate=1e-4)
+    whole = Trainer._save_optimizer_and_scheduler
+
+    def interrupted(self, output_dir):
+        if output_dir.endswith("checkpoint-4"):
+            raise error
+        whole(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", interrupted)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
+        second.train()
+    assert not os.path.exists(f"{out}/checkpoint-4") and is_whole(f"{out}/checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [(RuntimeError("CUDA out of memory"), "CUDA out of memory"), (RuntimeError(), ""), (KeyError("a bug"), "a bug")],
+)
+def test_errors_that_are_not_of_the_disk_stay_what_they_are(make_trainer, monkeypatch, error, words):
+    trainer = saving(make_trainer)
+
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", broken)
+    with pytest.raises(type(error), match=words):
+        trainer.train()
+    assert not os.path.exists(f"{trainer.args.output_dir}/checkpoint-2")
+
+
+def test_resuming_passes_over_half_a_checkpoint(make_trainer):
+    once = saving(make_trainer)
+    once.train()
+    out = once.args.output_dir
+    shutil.rmtree(f"{out}/checkpoint-6")
+    os.remove(f"{out}/checkpoint-4/trainer_state.json")  # what a kill in the midst of saving leaves
+    rest = saving(make_trainer)
+    rest.train(resume_from_checkpoint=True)
+    assert_same(trainable(rest), trainable(once))
+
+
 def test_interrupt_after_saving_keeps_the_checkpoint(make_trainer, monkeypatch):
     trainer = saving(make_trainer)
 
@@ -109,14 +155,3 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-10")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert last_checkpoint(tmp_path / "none") is None
-
-
-def test_other_errors_stay_what_they_are(make_trainer, monkeypatch):
-    trainer = saving(make_trainer)
-
-    def broken(*args, **kwargs):
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(Trainer, "_save_rng_state", broken)
-    with pytest.raises(KeyError, match="a bug"):
-        trainer.train()

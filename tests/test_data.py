@@ -98,6 +98,18 @@ def test_columns_by_other_names(tmp_path, streaming):
     assert len([entry for entry in logged(tmp_path / "out") if "loss" in entry]) == 3
 
 
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_columns_that_change_places(tmp_path, streaming):
+    path = write(tmp_path / "swapped.jsonl", [{"prompt": "a", "chosen": "worse", "rejected": "better"}] * 4)
+    names = ["--chosen_column", "rejected", "--rejected_column", "chosen", "--dataset_streaming", streaming]
+    training, _ = loaded(tmp_path, "--dataset_name", path, "--eval_strategy", "no", *names)
+    assert list(training)[0] == {"prompt": "a", "chosen": "better", "rejected": "worse"}
+    path = write(tmp_path / "third.jsonl", [{"prompt": "a", "chosen": "worse", "other": "better"}] * 4)
+    names = ["--chosen_column", "other", "--rejected_column", "chosen", "--dataset_streaming", streaming]
+    training, _ = loaded(tmp_path, "--dataset_name", path, "--eval_strategy", "no", *names)
+    assert list(training)[0] == {"prompt": "a", "chosen": "better", "rejected": "worse"}
+
+
 def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [{"question": "a", "chosen": "b", "rejected": "c"}])
     said = refused(capsys, command(tmp_path, "--dataset_name", path, "--prompt_column", "questoin"))
@@ -120,6 +132,7 @@ CHAT = {"prompt": say("user", "a"), "chosen": say("assistant", "b"), "rejected":
         (GOOD, {"chosen": ""}, "`chosen` is empty"),
         (GOOD, {"prompt": None}, "`prompt` is missing"),
         (CHAT, {"chosen": []}, "`chosen` is empty"),
+        (CHAT, {"prompt": []}, "`prompt` is empty"),
         (CHAT, {"rejected": [{"role": None, "content": "c"}]}, "`rejected` has a message without `role`"),
         (CHAT, {"rejected": [{"role": "assistant", "content": None}]}, "`rejected` has a message without `content`"),
     ],
@@ -149,6 +162,11 @@ def test_rows_of_the_test_split_are_looked_at_too(tmp_path, capsys):
     write(tmp_path / "data/test.jsonl", [GOOD] * 2 + [GOOD | {"chosen": ""}])
     said = refused(capsys, command(tmp_path, "--dataset_name", str(tmp_path / "data")))
     assert "split test`, row 2" in said
+
+
+def test_one_row_cannot_be_split(tmp_path, capsys):
+    path = write(tmp_path / "one.jsonl", [GOOD])
+    assert "has one row, none can be held out" in refused(capsys, command(tmp_path, "--dataset_name", path))
 
 
 def test_rows_that_are_all_too_long(tmp_path, capsys):

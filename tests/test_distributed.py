@@ -118,6 +118,13 @@ def test_killed_between_checkpoints_resumes_to_the_same_end(launch, tmp_path):
     assert_identical(run(tmp_path / "run", 2, resume=tmp_path / "run/checkpoint-5", **own), launch("ddp"))
 
 
+def test_one_rank_that_cannot_write_leaves_no_checkpoint(tmp_path):
+    own = SAME | LAUNCHES["ddp"][1] | {"max_steps": 2, "save_steps": 1, "full_disk_on": 1}
+    with pytest.raises(AssertionError, match="another process could not write its part"):
+        run(tmp_path, 2, **own)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_fsdp_resumes_to_the_same_end(launch, tmp_path):
     whole = launch("fsdp")
     own = SAME | LAUNCHES["fsdp"][1]

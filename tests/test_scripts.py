@@ -202,6 +202,32 @@ def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
     assert stopped.value.code.endswith("checkpoint-2.")
 
 
+def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
+    argv = command(tmp_path, "--save_steps", "2", "--eval_strategy", "no")
+    train.main(argv)
+    before = (tmp_path / "out/checkpoint-4/adapter_model.safetensors").read_bytes()
+    said = refused(capsys, [*argv, "--learning_rate", "1e-4"])
+    assert "checkpoint-4' is of an earlier run. Add `--resume_from_checkpoint true` to go on with it" in said
+    assert (tmp_path / "out/checkpoint-4/adapter_model.safetensors").read_bytes() == before
+    said = refused(capsys, [*argv, "--resume_from_checkpoint", "true", "--lora_r", "4"])
+    assert said.startswith("error: `lora_r` is 4, but the adapter in ") and "set it to 8" in said
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("beta: [1]", "`beta` must be a number, got [1]"),
+        ("model_init_kwargs: 3", "`model_init_kwargs` must be a mapping, got 3"),
+        ("help: true", "sets `help`, which is no option"),
+        ("beta: 'x", "is no YAML: "),
+    ],
+)
+def test_recipes_that_cannot_be_read(tmp_path, capsys, line, message):
+    recipe = yaml.safe_load(open(RECIPE)) | {"output_dir": str(tmp_path / "out"), "dataset_name": small_data()}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe | {"beta": 0.1}).replace("beta: 0.1", line))
+    assert message in refused(capsys, ["--config", str(tmp_path / "bad.yaml"), "--use_cpu", "true"])
+
+
 def test_a_run_too_short_to_project_says_so(tmp_path, capsys):
     train.main(command(tmp_path, "--nspo2_update_freq", "50", "--eval_strategy", "no", steps=2))
     assert "NSPO2 projected nothing: the first basis comes after 50 steps" in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
 import pytest
 from conftest import ARGS, FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
-from peft import LoraConfig
-from transformers import Trainer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import (
     DPOTrainer,
     GRPOConfig,
@@ -63,7 +63,7 @@ def ours(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trains_and_filters(kind, pairs, tmp_path):
+def test_trains_and_filters(kind, pairs, tmp_path, caplog):
     trainer = make(*ours(kind), kind, pairs, tmp_path, **FAST_NSPO2, save_strategy="steps", save_steps=5)
     before = trainable(trainer)
     trainer.train()
@@ -74,9 +74,10 @@ def test_trains_and_filters(kind, pairs, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert f"trained with {kind}" in card and "nspo2" in card.split("---")[1]
 
-    again = make(*ours(kind), kind, pairs, tmp_path, **FAST_NSPO2)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert again.nspo2.state_dict().keys() == trainer.nspo2.state_dict().keys()
+    again = make(*ours(kind), kind, pairs, tmp_path, **FAST_NSPO2 | {"max_steps": 6})
+    again.train(resume_from_checkpoint=True)
+    assert [group.nspo2.step_count for group in again.nspo2.groups] == [6] * len(again.nspo2.groups)
+    assert len(losses(again)) == 6 and not any("starts anew" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,10 +124,51 @@ def test_attach_to_other_trainers(pairs, tmp_path):
     trainer.train()
     assert figures(trainer, "active")[-1] == 1
 
+    assert "nspo2" in trainer._tag_names
+
     bare = make(*KINDS["SFT"], "SFT", pairs, tmp_path)
     plain = Trainer(bare.model, bare.args, bare.data_collator, bare.train_dataset)
     attach_nspo2(plain, NSPO2Config(update_freq=2)).train()
     assert figures(plain, "active")[-1] == 1
+
+
+def test_attach_to_a_trainer_that_makes_its_model_later(pairs, tmp_path):
+    parts = make(*KINDS["SFT"], "SFT", pairs, tmp_path)
+
+    def model_init():
+        base = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+        return get_peft_model(base, LoraConfig(**LORA))
+
+    plain = Trainer(None, parts.args, parts.data_collator, parts.train_dataset, model_init=model_init)
+    attach_nspo2(plain, NSPO2Config(update_freq=2)).train()
+    assert figures(plain, "active")[-1] == 1
+
+
+def test_a_trainer_of_ones_own_with_the_mixin(pairs, tmp_path):
+    class Own(nspo2_trl.NSPO2SFTTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    trainer = make(Own, nspo2_trl.NSPO2SFTConfig, "SFT", pairs, tmp_path, **FAST_NSPO2)
+    trainer.train()
+    assert figures(trainer, "active")[-1] == 1
+
+
+def test_other_log_calls_take_no_figures(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.add_callback(Talks(trainer))
+    trainer.train()
+    entries = trainer.state.log_history
+    assert not any("nspo2/step_time" in entry for entry in entries if "mine" in entry)
+    assert all("nspo2/step_time" in entry for entry in entries if "loss" in entry)
+
+
+class Talks(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, *args, **kwargs):
+        self.trainer.log({"mine": 1.0})
 
 
 def test_attach_refuses(make_trainer):

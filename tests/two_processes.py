@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from conftest import ARGS, FAST_NSPO2, LORA, MODEL, ROOT, losses
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
@@ -60,6 +60,10 @@ def unreadable(state: dict) -> None:
     raise OSError("a disk of this rank's own")
 
 
+def full_disk(self, output_dir: str) -> None:
+    raise OSError(28, "No space left on device")
+
+
 class Kill(TrainerCallback):
     """SIGKILL for the last rank, after a step."""
 
@@ -82,7 +86,7 @@ def whole(param: torch.Tensor) -> torch.Tensor:
 def main(out: str, options: str, resume: str | None = None) -> None:
     args = {"output_dir": out} | ARGS | {"train_sampling_strategy": "sequential"} | json.loads(options)
     processes, nan_rank, kill_after = args.pop("processes"), args.pop("nan_rank", None), args.pop("kill_after", None)
-    unreadable_on = args.pop("unreadable_on", None)
+    unreadable_on, full_disk_on = args.pop("unreadable_on", None), args.pop("full_disk_on", None)
     fsdp, lora = args.pop("fsdp", False), LORA | args.pop("lora", {})
     if fsdp:
         os.environ.update(FSDP2)
@@ -117,6 +121,8 @@ def main(out: str, options: str, resume: str | None = None) -> None:
     assert trainer.is_fsdp_enabled == fsdp
     if unreadable_on == config.process_index:
         trainer.nspo2.load_state_dict = unreadable
+    if full_disk_on == config.process_index:
+        Trainer._save_rng_state = full_disk
     if kill_after:
         trainer.add_callback(Kill(kill_after))
     sent = {}
