@@ -36,6 +36,12 @@ SHOWN = """model_name_or_path dataset_name dataset_config dataset_train_split da
     use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit dtype attn_implementation""".split()
 
 
+CLEARER = {
+    "resume_from_checkpoint": "`true` for the last whole checkpoint in `output_dir`, or the folder of one.",
+    "dataset_name": "Hub id, folder, or a .jsonl(.gz), .json, .parquet or .csv file.",
+}
+
+
 def make_parser() -> TrlParser:
     kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
     return TrlParser(kinds)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
@@ -49,6 +55,7 @@ def show_help(prog: str, everything: bool) -> None:
     parser.description = HELP.format(prog=prog, launch=launch)
     parser.formatter_class = _HelpFormatter
     for action in parser._actions:
+        action.help = CLEARER.get(action.dest, action.help)
         wanted = everything or action.dest in SHOWN or action.dest.startswith("nspo2_")
         # each option has a twin with hyphens, and each true one a twin with `--no_`
         action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
@@ -82,9 +89,16 @@ def parse(argv: list[str]) -> tuple:
     known = [option for action in parser._actions for option in action.option_strings]
     for arg in argv:
         flag = arg.split("=")[0]
-        if flag.startswith("--") and flag != "--config" and not any(option.startswith(flag) for option in known):
+        if flag.startswith("--") and flag != "--config" and flag not in known:
             raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
-    script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+    try:
+        script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+    except ValueError as error:
+        if "bf16/gpu" in str(error):
+            raise ValueError(
+                "`bf16`: there is no GPU here that can; on a CPU add `--use_cpu true --bf16 false`."
+            ) from error
+        raise
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
     model = model_args.model_name_or_path
@@ -94,6 +108,12 @@ def parse(argv: list[str]) -> tuple:
         raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
     if Path(args.output_dir).is_file():
         raise ValueError(f"`output_dir` {args.output_dir!r} is a file: choose a folder, it will be made.")
+    there = next(folder for folder in Path(args.output_dir).absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        raise ValueError(f"`output_dir` {args.output_dir!r} cannot be made in {str(there)!r}: choose another folder.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(args, name)}.")
     if script_args.dataset_name is None and not mixture.datasets:
         raise ValueError("`dataset_name` is missing: set it to a hub id, a local folder or a .jsonl or .parquet file.")
     return script_args, args, model_args, mixture

@@ -23,7 +23,7 @@ FIGURES = {
     "bias": "1 - cos of mean and filtered mean",
     "rank": "directions removed an adapter",
     "alpha": "share the trust region lets through",
-    "noise_scale": "samples a step that still pay",
+    "noise_scale": "batch size up to which more data a step pays",
     "signal_removed": "share of the signal removed",
     "active": "share of steps projected",
     "overhead_ms": "a step",
@@ -103,6 +103,8 @@ def add_to_card(path: str, trainer: NSPO2Mixin) -> None:
     """Add the section on NSPO2 to the model card that TRL wrote, and mend what it says of a local base model."""
     card = Path(path).read_text()
     card = card.replace("[None](https://huggingface.co/None)", f"`{_base_model(trainer) or 'a model'}`")
+    if getattr(trainer.processing_class, "chat_template", None) is None:
+        card = card.replace('[{"role": "user", "content": question}]', "question")
     card = card.replace('model="None"', f'model="{Path(str(trainer.args.output_dir)).name}"')
     history = trainer.state.log_history
     evals = [entry for entry in history if "eval_loss" in entry]

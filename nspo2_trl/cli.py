@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 HELP = """usage: nspo2 COMMAND [options]
 
@@ -15,10 +16,18 @@ HELP = """usage: nspo2 COMMAND [options]
   nspo2 report OUT [OUT2 ...]        one HTML page of plots of one run, or of several runs together
   nspo2 env                          versions, devices, what is supported here; paste it into a bug report
 
-`nspo2 COMMAND --help` says more."""
+`nspo2 COMMAND --help` says more, `nspo2 --version` which version this is."""
 
 
 def main(argv: list[str] | None = None) -> None:
+    try:
+        run(argv)
+    except KeyboardInterrupt:  # during the imports, which take seconds
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(argv: list[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("--help", "-h", "help"):
@@ -56,9 +65,13 @@ def train(argv: list[str]) -> None:
     gpus = torch.cuda.device_count()  # with several in sight one process would spread the model's batches over them
     several = max(gpus, launch.num_processes or 1) > 1 or launch.accelerate_config
     if not several or "LOCAL_RANK" in os.environ or {"-h", "--help", "--help_all"} & set(argv):
-        from .train import main as run
+        from .train import main as train_here
 
-        return run(argv, prog="nspo2 train")
+        return train_here(argv, prog="nspo2 train")
+    recipe = next((Path(path) for flag, path in zip(argv, argv[1:]) if flag == "--config"), Path())
+    says_cpu = "--use_cpu" in argv or (recipe.is_file() and "use_cpu" in recipe.read_text())
+    if not gpus and not says_cpu and not launch.accelerate_config:
+        sys.exit("error: there is no GPU here, and each process would train for itself: add `--use_cpu true`.")
     options = []
     if launch.accelerate_config:
         if not os.path.isfile(launch.accelerate_config):
@@ -122,7 +135,7 @@ def env(argv: list[str]) -> None:
         "bf16": "yes" if bf16 else ("no: add `--bf16 false`" if gpus else "slow on a CPU: add `--bf16 false`"),
         "4-bit (QLoRA)": "yes" if installed["bitsandbytes"] else "no: pip install bitsandbytes",
         "DDP, FSDP2": f"{gpus} GPUs" if gpus > 1 else "one device: only several processes on a CPU, for trying it",
-        "DeepSpeed ZeRO": "yes" if installed["deepspeed"] else 'no: pip install "nspo2_trl[deepspeed]"',
+        "DeepSpeed ZeRO": "yes" if installed["deepspeed"] else 'no: pip install -e ".[deepspeed]"',
         "refused": "FSDP1, tensor and context parallelism, MPS, full fine-tuning",
     }
     print("\nSupported here")

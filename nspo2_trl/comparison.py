@@ -1,4 +1,4 @@
-"""Plots and the page of a comparison. Needs matplotlib: `pip install "nspo2_trl[plot]"`."""
+"""Plots and the page of a comparison. Needs matplotlib: `pip install -e ".[plot]"`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('The plots need matplotlib: pip install "nspo2_trl[plot]".') from error
+        raise ImportError('The plots need matplotlib: pip install -e ".[plot]".') from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -156,13 +156,17 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, progress: bool = F
         batches = tqdm(
             batches, "Checking rows", -(-len(dataset) // ROWS_AT_ONCE), leave=False, delay=2, disable=not progress
         )
-    number = 0
+    number = same = 0
     for batch in batches:
         for values in zip(*(batch[column] for column in columns)):
-            fault = _fault(dict(zip(columns, values)))
+            row = dict(zip(columns, values))
+            fault = _fault(row)
             if fault:
                 raise ValueError(f"The dataset `{name}`, row {number} (the first is 0): {fault}.")
             number += 1
+            same += row["chosen"] == row["rejected"]
+    if same and progress:
+        print(f"{name}: in {same} of {number} rows `chosen` and `rejected` are the same; they teach nothing.")
 
 
 def _fault(row: Mapping) -> str | None:

@@ -58,8 +58,8 @@ svg text {{ font-family: system-ui, sans-serif !important; }}
 </style></head><body>
 <h1>{title}</h1>
 {table}
-<p>Loss, accuracy and margins are those of the held-out pairs in the last evaluation; noise removed and time taken by
-NSPO2 are means over the log.</p>
+<p>Loss, accuracy and margins are those of the held-out pairs in the last evaluation; noise removed and NSPO2's share
+of a step's time are means over the log. Times of runs on a machine that did other things too do not compare.</p>
 {legend}
 <h2>Learning</h2>
 <p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.</p>
@@ -134,7 +134,7 @@ def _figure(key: str, title: str, svg: str, caption: str) -> str:
 def _table(runs: Sequence[Run]) -> str:
     """What was measured, a row a run; – where it was not."""
     header = ["run", "steps", "training time", "loss", "accuracy", "margins", "at step"]
-    header += ["noise removed", "time taken by NSPO2", "skipped steps"]
+    header += ["noise removed", "NSPO2's share of time", "skipped steps"]
     rows = []
     for run in runs:
         seconds = run.seconds_at(run.steps) if run.clock else float("nan")
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         names = args.names or labels(args.runs)
         write_page([read(path, name, i) for i, (path, name) in enumerate(zip(args.runs, names))], page)
     except ImportError:
-        sys.exit('error: the plots need matplotlib: pip install "nspo2_trl[plot]"')
+        sys.exit('error: the plots need matplotlib: pip install -e ".[plot]"')
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(page)

@@ -14,7 +14,10 @@ import sys
 import warnings
 from collections.abc import Sized
 from pathlib import Path
+from typing import Any, NoReturn
 
+import pyarrow.compute as pc
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -30,7 +33,7 @@ from trl import (
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .card import FIGURES, means
 from .checkpoints import CheckpointError, last_checkpoint
-from .data import NSPO2ScriptArguments, splits
+from .data import ROWS_AT_ONCE, NSPO2ScriptArguments, splits
 from .dpo_config import NSPO2DPOConfig
 from .trainer import NSPO2DPOTrainer
 
@@ -59,6 +62,7 @@ def build(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    tell_of_long_rows(trainer.train_dataset, args)
     for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
         if isinstance(dataset, Sized) and len(dataset) == 0:
             raise ValueError(
@@ -66,6 +70,20 @@ def build(
                 "more. Raise `max_length`."
             )
     return trainer
+
+
+def tell_of_long_rows(dataset: Any, args: NSPO2DPOConfig) -> None:
+    """Say how many pairs `max_length` cuts: what is cut off teaches nothing."""
+    if args.max_length is None or not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
+        return
+    cut = 0
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
+        prompt, chosen, rejected = (pc.list_value_length(batch[column]) for column in columns)
+        longest = pc.add(prompt, pc.max_element_wise(chosen, rejected))
+        cut += pc.sum(pc.greater(longest, args.max_length)).as_py() or 0
+    if cut and args.process_index == 0:
+        print(f"{cut} of {len(dataset)} training pairs are longer than `max_length` ({args.max_length}) and are cut.")
 
 
 def report(trainer: NSPO2DPOTrainer) -> None:
@@ -103,12 +121,20 @@ def report(trainer: NSPO2DPOTrainer) -> None:
     print(f"All logged figures: {os.path.join(str(trainer.args.output_dir), 'trainer_state.json')}")
 
 
+def leave(message: str, main_process: bool) -> NoReturn:
+    """End as an interrupted command does; what is to be said stands below the progress bar, and once."""
+    if main_process:
+        print(f"\n{message}", file=sys.stderr)
+    sys.exit(130)
+
+
 def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "--help_all"} & set(argv):
         return show_help(prog, everything="--help_all" in argv)
     # TRL and Transformers call their own deprecated names
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    again = "add `--resume_from_checkpoint true` to the same command"
     try:
         script_args, args, model_args, mixture = parse(argv)
         checkpoint = checkpoint_to_resume(args)
@@ -118,22 +144,22 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         trainer = build(script_args, args, model_args, mixture)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        leave("Interrupted before training: nothing was written.", True)
     main_process = trainer.accelerator.is_main_process
     if main_process and sys.stdout.isatty() and not args.disable_tqdm:  # a live table; lines where nobody watches
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(RichProgressCallback)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")
-    again = "add `--resume_from_checkpoint true` to the same command"
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         last = last_checkpoint(args.output_dir)
         hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"
-        # below the progress bar, and once
-        sys.exit(f"\nInterrupted after step {trainer.state.global_step}: {hint}." if main_process else 130)
+        leave(f"Interrupted after step {trainer.state.global_step}: {hint}.", main_process)
     except CheckpointError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"\nerror: {error}")  # below the progress bar
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
     try:
         trainer.save_model()

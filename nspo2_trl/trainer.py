@@ -192,8 +192,9 @@ class NSPO2Mixin(_BaseTrainer):
             self.nspo2_samples.release()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # only with the loss: callbacks log other things, and these figures belong to a window of steps
-        steps, seconds = self.nspo2_step_timer.take() if "loss" in logs else (0, 0.0)
+        # only with the loss, or at the end: callbacks log other things, and these figures belong to a window of steps
+        mine = "loss" in logs or "train_loss" in logs
+        steps, seconds = self.nspo2_step_timer.take() if mine else (0, 0.0)
         if steps:
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             figures = {"batch_size": batch, "step_time": seconds / steps}

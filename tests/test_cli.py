@@ -58,6 +58,13 @@ def test_train_in_two_processes(tmp_path):
     assert state["log_history"][0]["nspo2/batch_size"] == 2 * 2 * 2, log
 
 
+def test_processes_that_would_each_train_alone_are_refused_before_the_launch():
+    with pytest.raises(SystemExit, match="each process would train for itself: add `--use_cpu true`"):
+        cli.main(["train", "--num_processes", "2", "--config", "recipes/quickstart/dpo.yaml"])
+    with pytest.raises(SystemExit, match="argument --num_processes: invalid int value: 'two'"):
+        cli.main(["train", "--num_processes", "two"])
+
+
 def test_train_refuses_a_launch_config_that_is_not_there():
     with pytest.raises(SystemExit, match="`--accelerate_config`: there is no file 'nowhere.yaml'"):
         cli.main(["train", "--accelerate_config", "nowhere.yaml"])

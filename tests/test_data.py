@@ -175,6 +175,18 @@ def test_rows_that_are_all_too_long(tmp_path, capsys):
     assert "No row of the training set is left" in refused(capsys, command(tmp_path, *options))
 
 
+def test_what_teaches_nothing_is_counted(tmp_path, capsys):
+    rows = few_rows(tmp_path / "rows.jsonl", 12)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    rows[5]["chosen"] = rows[5]["chosen"] * 9
+    path = write(tmp_path / "odd.jsonl", rows)
+    options = ["--dataset_name", path, "--eval_strategy", "no", "--max_length", "100"]
+    train.build(*train.parse(command(tmp_path, *options)))
+    said = capsys.readouterr().out
+    assert "in 1 of 12 rows `chosen` and `rejected` are the same; they teach nothing." in said
+    assert "1 of 12 training pairs are longer than `max_length` (100) and are cut." in said
+
+
 # ---- what TRL does with data stays ----
 
 

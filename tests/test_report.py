@@ -248,7 +248,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "nspo2_trl.plots", raising=False)
     monkeypatch.delattr("nspo2_trl.plots", raising=False)
-    assert 'pip install "nspo2_trl[plot]"' in refused(capsys, written(tmp_path, SMALL))
+    assert 'pip install -e ".[plot]"' in refused(capsys, written(tmp_path, SMALL))
 
 
 def test_the_script(tmp_path, capsys, monkeypatch):

@@ -145,6 +145,10 @@ def test_model_options_reach_the_model(tmp_path):
             "no option `--nspo2_projection_rnak`. Did you mean `--nspo2_projection_rank",
         ),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["--learning_rat", "1e-3"], "no option `--learning_rat`. Did you mean `--learning_rate`"),
+        (["--per_device_train_batch_size", "0"], "`per_device_train_batch_size` must be a whole number of at least 1"),
+        (["--bf16", "true", "--use_cpu", "false"], "`bf16`: there is no GPU here that can"),
+        (["--output_dir", "README.md/out"], "`output_dir` 'README.md/out' cannot be made in "),
         (["--model_name_or_path", "./nowhere"], "`model_name_or_path`: there is no folder './nowhere'"),
         (["--config", "recipes/none.yaml"], "there is no recipe 'recipes/none.yaml'"),
     ],
@@ -184,7 +188,7 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, capsys, mon
     assert "add `--use_cpu true`" in refused(capsys, argv)
 
 
-def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
+def test_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     end_step = NSPO2DPOTrainer._nspo2_end_step
 
     def interrupt(trainer):
@@ -195,11 +199,20 @@ def test_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(NSPO2DPOTrainer, "_nspo2_end_step", interrupt)
     with pytest.raises(SystemExit) as stopped:
         train.main(command(tmp_path, "--save_steps", "2", "--eval_strategy", "no", steps=6))
-    assert (
-        "Interrupted after step 3: add `--resume_from_checkpoint true` to the same command to go on from"
-        in stopped.value.code
-    )
-    assert stopped.value.code.endswith("checkpoint-2.")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 130
+    assert "\nInterrupted after step 3: add `--resume_from_checkpoint true` to the same command to go on from" in said
+    assert said.endswith("checkpoint-2.\n")
+
+
+def test_interrupted_before_training(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "splits", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(command(tmp_path))
+    assert stopped.value.code == 130 and "Interrupted before training: nothing was written." in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
@@ -226,6 +239,12 @@ def test_recipes_that_cannot_be_read(tmp_path, capsys, line, message):
     recipe = yaml.safe_load(open(RECIPE)) | {"output_dir": str(tmp_path / "out"), "dataset_name": small_data()}
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(recipe | {"beta": 0.1}).replace("beta: 0.1", line))
     assert message in refused(capsys, ["--config", str(tmp_path / "bad.yaml"), "--use_cpu", "true"])
+
+
+def test_figures_of_the_last_steps_are_there_after_an_evaluation(tmp_path, capsys):
+    train.main(command(tmp_path, "--logging_steps", "10", steps=4))
+    assert "projected nothing" not in capsys.readouterr().out
+    assert any(entry.get("nspo2/active") for entry in logged(tmp_path / "out"))
 
 
 def test_a_run_too_short_to_project_says_so(tmp_path, capsys):
