@@ -147,13 +147,18 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     except KeyboardInterrupt:
         leave("Interrupted before training: nothing was written.", True)
     main_process = trainer.accelerator.is_main_process
-    if main_process and sys.stdout.isatty() and not args.disable_tqdm:  # a live table; lines where nobody watches
+    live = RichProgressCallback() if main_process and sys.stdout.isatty() and not args.disable_tqdm else None
+    if live:  # a table that is drawn anew; lines where nobody watches
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(RichProgressCallback)
+        trainer.add_callback(live)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            if live and live.rich_group:  # before anything is said, and else the terminal is left without a cursor
+                live.rich_group.stop()
     except KeyboardInterrupt:
         last = last_checkpoint(args.output_dir)
         hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"
