@@ -81,7 +81,7 @@ def test_ten_steps_equal_the_trainers(tmp_path, options):
     trainer.train()
     fast = make(tmp_path, eval_steps=1, **options)
     data = lean.load_data(fast, 20, tmp_path)
-    run = lean.train(fast, data, evaluations=10)
+    run = lean.train(fast, data, looks=10)
     assert run.losses == pytest.approx(losses(trainer), rel=1e-5)
     assert distance(trainable(fast), trainable(trainer)) < 1e-4
     assert [point["step"] for point in run.curve] == list(range(1, 11))
@@ -95,7 +95,7 @@ def test_evaluation_equals_the_trainers(tmp_path):
     trainer = make(tmp_path, nspo2_enabled=False, per_device_eval_batch_size=10)
     trainer.eval_dataset = trainer.eval_dataset.select(range(30))
     data = lean.load_data(trainer, 30, tmp_path)
-    run = lean.train(trainer, data, evaluations=1)
+    run = lean.train(trainer, data, looks=1)
     theirs = trainer.evaluate()
     wanted = [theirs[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "rewards/margins")]
     assert [run.curve[0][name] for name in ("loss", "accuracy", "margin")] == pytest.approx(wanted, rel=1e-4)

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from nspo2_trl import NSPO2DPOTrainer
+from nspo2_trl.block_groups import any_bad
 
 from .packed import Packed, PackedLlama, Pair
 
-EVALUATIONS = 20  # a run
-PAIRS_AT_ONCE = 32  # where nothing is trained: as many as the processor's cache likes
+LOOKS = 20  # a run
+PAIRS_AT_ONCE = 16  # where nothing is trained: as many as the processor's cache likes
 
 
 @dataclass
@@ -59,8 +60,12 @@ def pairs_of(dataset: Dataset, max_length: int | None) -> list[Pair]:
 @torch.no_grad()
 def log_probs(llama: PackedLlama, pairs: list[Pair], adapted: bool = True) -> torch.Tensor:
     """(2, pairs) log-probabilities of the answers."""
-    parts = [pairs[i : i + PAIRS_AT_ONCE] for i in range(0, len(pairs), PAIRS_AT_ONCE)]
-    return torch.cat([llama.log_probs(Packed(part), adapted=adapted) for part in parts], 1)
+    by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i]))
+    found = torch.empty(2, len(pairs))
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        part = by_length[start : start + PAIRS_AT_ONCE]
+        found[:, part] = llama.log_probs(Packed([pairs[i] for i in part]), adapted=adapted)
+    return found
 
 
 def load_data(trainer: NSPO2DPOTrainer, held_out: int, cache: Path) -> Data:
@@ -121,10 +126,11 @@ def evaluate(llama: PackedLlama, data: Data, beta: float) -> dict[str, float]:
 def train(
     trainer: NSPO2DPOTrainer,
     data: Data,
-    evaluations: int = EVALUATIONS,
-    prepare: Callable[[NSPO2DPOTrainer], Callable[[], None]] | None = None,
+    looks: int = LOOKS,
+    stride: int = 1,
+    prepare: Callable[[NSPO2DPOTrainer], Callable[[list[torch.Tensor]], None] | None] | None = None,
 ) -> Run:
-    """Train as `trainer.train()` would with its `eval_steps` and `logging_steps` at `evaluations` points of the run.
+    """Train as `trainer.train()` would that logs at `looks` points of the run and evaluates at each `stride`-th.
 
     Args:
         prepare: called when optimizer and schedule are there; may replace them, and returns what is called for the
@@ -145,7 +151,7 @@ def train(
         for per_sample in [[group.views_of(part) for part in buffer]]
         for i, place in enumerate(group.places)
     }
-    stops = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+    stops = {round(steps * i / looks): i % stride == 0 for i in range(1, looks + 1)}
     if hasattr(optimizer, "train"):  # schedule-free: it trains at another point than it is evaluated at
         optimizer.train()
     for step, batch in enumerate(batches):
@@ -161,8 +167,13 @@ def train(
         raw = [p.grad.clone() for p in params] if step_of else None
         if groups:  # the samples are of the mean over all micro-batches: times `each`, their mean is the gradient
             groups.set_progress(step / steps)
-            groups.begin_step(lambda: [buffer.mul_(each) for buffer in samples])
-        step_of(raw) if step_of else optimizer.step()
+            fine = groups.begin_step(lambda: [buffer.mul_(each) for buffer in samples])
+            if not fine and args.nspo2_projection_rank > 0 and any_bad(p.grad for p in params):
+                optimizer.zero_grad()  # as the trainer does: such a gradient would ruin the weights
+        if step_of:
+            step_of(raw)
+        else:
+            optimizer.step()
         if groups:
             groups.end_step()
         scheduler.step()
@@ -170,22 +181,27 @@ def train(
         run.losses.append(loss.item())
         run.seconds += time.process_time() - start
         if step + 1 in stops:
-            _look(run, step + 1, trainer, llama, data)
+            _log(run, trainer)
+        if stops.get(step + 1):
+            _evaluate(run, step + 1, trainer, llama, data)
     return run
 
 
-def _look(run: Run, step: int, trainer: NSPO2DPOTrainer, llama: PackedLlama, data: Data) -> None:
-    """What the trainer does when it logs and evaluates; the sentinel sees the figures in this order too."""
-    optimizer, groups = trainer.optimizer, trainer.nspo2
-    if groups:
-        figures = groups.metrics(trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps)
-        groups.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
+def _log(run: Run, trainer: NSPO2DPOTrainer) -> None:
+    """What the trainer does with NSPO2's figures when it logs."""
+    if trainer.nspo2:
+        figures = trainer.nspo2.metrics(trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps)
+        trainer.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
         run.figures.append(figures)
+
+
+def _evaluate(run: Run, step: int, trainer: NSPO2DPOTrainer, llama: PackedLlama, data: Data) -> None:
+    optimizer = trainer.optimizer
     if hasattr(optimizer, "eval"):
         optimizer.eval()
     found = evaluate(llama, data, trainer.args.beta)
     run.curve.append({"step": step} | found)
-    if groups:
-        groups.watch({"eval_loss": found["loss"]})
+    if trainer.nspo2:
+        trainer.nspo2.watch({"eval_loss": found["loss"]})
     if hasattr(optimizer, "train") and step < trainer.args.max_steps:
         optimizer.train()

@@ -1,11 +1,11 @@
 """Log-probabilities of preference pairs under a small Llama with LoRA, fast on one CPU core.
 
 The same numbers as the trainer's, up to rounding, for less work. A pair is one row (prompt, chosen, rejected): its
-prompt is computed once, and the rejected answer does not see the chosen one. All micro-batches of a step go through the
-model together, without padding outside of attention. Every adapter is merged into its frozen matrix for the forward
-pass, since 1,000 tokens cost far more than one product of two thin matrices. Logits exist for the answers alone.
-Backward, each micro-batch's gradient of each adapter is a product over that micro-batch's tokens, so that the samples
-of the noise need no pass of their own.
+prompt is computed once, and the rejected answer does not see the chosen one. All micro-batches of a step go through
+the model together, without padding outside of attention. Every adapter is merged into its frozen matrix for the
+forward pass, since 1,000 tokens cost far more than one product of two thin matrices. Logits exist for the answers
+alone. Backward, each micro-batch's gradient of each adapter is a product over that micro-batch's tokens, so that the
+samples of the noise need no pass of their own.
 """
 
 from __future__ import annotations

@@ -22,9 +22,6 @@ from .packed import PackedLlama, Pair
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "out/bench_cache"
-HELD_OUT, SAMPLES = 300, 200  # pairs of every evaluation, and samples at the end
-RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-STEPS = {"quickstart": 100, "stories": 150}
 HAPPY = frozenset(
     """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
     hugged play played glad thanked thank""".split()
@@ -104,7 +101,6 @@ def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> 
     scores = torch.tensor([float(score(text)) for text in texts])
     end = trainer.processing_class.eos_token_id
     return {
-        "number": len(drawn),
         "gold": scores.mean().item(),
         "kl": ratios.mean().item(),
         "tokens": sum(len(pair.chosen) for pair in drawn) / len(drawn),
@@ -121,23 +117,26 @@ def _short(value):
     return [_short(part) for part in value] if isinstance(value, list) else value
 
 
-def run_cell(cell: dict, folders: dict[str, str], held_out: int = HELD_OUT, samples: int = SAMPLES) -> dict:
-    """Train and judge one cell; gives what its file holds. Seconds are of the processor, not of the clock."""
-    start = time.process_time()
+def run_cell(cell: dict, folders: dict[str, str]) -> dict:
+    """Train and judge one cell; gives what its file holds. Seconds are of the processor, not of the clock.
+
+    A cell that only helps to choose a rate (`role` "select") is evaluated less often and draws no samples.
+    """
+    start, report = time.process_time(), cell["role"] == "report"
     trainer = make_trainer(cell, folders)
-    data = lean.load_data(trainer, held_out, CACHE)
-    run = lean.train(trainer, data, prepare=preparation(cell["method"]))
+    data = lean.load_data(trainer, cell["held_out"], CACHE)
+    run = lean.train(trainer, data, stride=1 if report else 5, prepare=preparation(cell["method"]))
     figures = {}
     for name in ("variance_reduction", "rank", "bias", "noise_scale"):
         values = [entry[name] for entry in run.figures if name in entry]
         if values:
             figures[name] = sum(values) / len(values)
+    finite = math.isfinite(run.curve[-1]["loss"])  # a model that diverged writes nothing
     found = {
         "cell": cell,
         "pairs_a_step": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
-        "held_out": len(data.held_out),
         "curve": {name: [point[name] for point in run.curve] for name in run.curve[0]},
-        "samples": judge(trainer, data, cell["task"], samples),
+        "samples": judge(trainer, data, cell["task"], cell["samples"]) if report and finite else {},
         "nspo2": figures,
         "ms_a_step": 1000 * run.seconds / cell["steps"],
         "seconds": time.process_time() - start,
