@@ -99,7 +99,7 @@ def test_evaluation_equals_the_trainers(tmp_path):
     theirs = trainer.evaluate()
     wanted = [theirs[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "rewards/margins")]
     assert [run.curve[0][name] for name in ("loss", "accuracy", "margin")] == pytest.approx(wanted, rel=1e-4)
-    assert len(list(tmp_path.glob("*.pt"))) == 1
+    assert len(list(tmp_path.glob("*.pt"))) == 2
     again = lean.load_data(trainer, 30, tmp_path)
     assert torch.equal(again.train_reference, data.train_reference)  # from the file
 

@@ -69,25 +69,32 @@ def log_probs(llama: PackedLlama, pairs: list[Pair], adapted: bool = True) -> to
 
 
 def load_data(trainer: NSPO2DPOTrainer, held_out: int, cache: Path) -> Data:
-    """The trainer's pairs with reference log-probabilities, kept in a file that is named after model and pairs.
+    """The trainer's pairs with reference log-probabilities, kept in files that are named after model and pairs.
 
     Args:
         held_out: how many of the evaluation pairs to use, the first ones. cache: a folder.
     """
-    train = pairs_of(trainer.train_dataset, trainer.args.max_length)
-    held = pairs_of(trainer.eval_dataset.select(range(min(held_out, len(trainer.eval_dataset)))), None)
-    name = hashlib.sha256(repr((train, held)).encode())
+    length, held = (
+        trainer.args.max_length,
+        trainer.eval_dataset.select(range(min(held_out, len(trainer.eval_dataset)))),
+    )
+    train, held = pairs_of(trainer.train_dataset, length), pairs_of(held, length)
+    weights = hashlib.sha256()
     for key, value in trainer.model.state_dict().items():
         if "lora_" not in key:
-            name.update(value.float().numpy().tobytes())
+            weights.update(value.float().numpy().tobytes())
+    return Data(train, held, *(_reference(trainer, pairs, weights.copy(), cache) for pairs in (train, held)))
+
+
+def _reference(trainer: NSPO2DPOTrainer, pairs: list[Pair], name, cache: Path) -> torch.Tensor:
+    name.update(repr(pairs).encode())
     path = cache / f"{name.hexdigest()[:20]}.pt"
     if not path.exists():
-        llama = PackedLlama(trainer.model)
-        found = [log_probs(llama, pairs, adapted=False) for pairs in (train, held)]
+        found = log_probs(PackedLlama(trainer.model), pairs, adapted=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, path.with_suffix(f".{os.getpid()}"))
         path.with_suffix(f".{os.getpid()}").rename(path)
-    return Data(train, held, *torch.load(path))
+    return torch.load(path)
 
 
 def order(trainer: NSPO2DPOTrainer, steps: int) -> list[list[list[int]]]:

@@ -51,9 +51,10 @@ def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> fl
     before_step, before = 0, START
     for step, loss in zip(steps, losses):
         if loss is not None and loss <= target:
-            share = 1.0 if before == loss else (before - target) / (before - loss)
-            return before_step + min(max(share, 0.0), 1.0) * (step - before_step)
-        before_step, before = step, math.inf if loss is None else loss
+            known = before is not None and before > loss
+            share = (before - target) / (before - loss) if known else 1.0
+            return before_step + max(share, 0.0) * (step - before_step)
+        before_step, before = step, loss
     return None
 
 
