@@ -15,7 +15,7 @@ from conftest import ROOT
 from test_lean import NSPO2, make
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import convergence, grid, lean, methods, tables
+from bench import convergence, grid, lean, methods, stats, tables
 
 COMMON = {"study": "s", "task": "quickstart", "steps": 20, "held_out": 300, "samples": 200}
 
@@ -60,36 +60,36 @@ def test_interval_is_the_bootstrap_over_all_resamples():
         z = bias + normal.inv_cdf(share)
         return np.quantile(means, normal.cdf(bias + z / (1 - skew * z)))
 
-    assert tables.interval(values) == pytest.approx((end(0.025), end(0.975)), abs=0.015)
-    assert tables.interval([0.2, 0.2, 0.2]) == (0.2, 0.2)
-    assert tables.interval([0.1, 0.2]) is None and tables.interval([0.1, 0.2, math.inf]) is None
+    assert stats.interval(values) == pytest.approx((end(0.025), end(0.975)), abs=0.015)
+    assert stats.interval([0.2, 0.2, 0.2]) == (0.2, 0.2)
+    assert stats.interval([0.1, 0.2]) is None and stats.interval([0.1, 0.2, math.inf]) is None
 
 
 def test_verdicts():
-    assert tables.verdict((-0.2, -0.1)) == "better" and tables.verdict((0.1, 0.2)) == "worse"
-    assert tables.verdict((0.1, 0.2), more_is_better=True) == "better"
-    assert tables.verdict((-0.1, 0.1)) == "no difference shown" and tables.verdict(None) == "cannot be said"
+    assert stats.verdict((-0.2, -0.1)) == "better" and stats.verdict((0.1, 0.2)) == "worse"
+    assert stats.verdict((0.1, 0.2), more_is_better=True) == "better"
+    assert stats.verdict((-0.1, 0.1)) == "no difference shown" and stats.verdict(None) == "cannot be said"
 
 
 def test_steps_to_a_loss():
     steps, losses = [10, 20, 30], [0.6, 0.5, 0.55]
-    assert tables.crossing(steps, losses, 0.55) == pytest.approx(15)
-    assert tables.crossing(steps, losses, (math.log(2) + 0.6) / 2) == pytest.approx(5)
-    assert tables.crossing(steps, losses, 0.5) == 20 and tables.crossing(steps, losses, 0.49) is None
-    assert tables.crossing(steps, [None, 0.5, 0.5], 0.55) == pytest.approx(20)  # nothing to interpolate with
+    assert stats.crossing(steps, losses, 0.55) == pytest.approx(15)
+    assert stats.crossing(steps, losses, (math.log(2) + 0.6) / 2) == pytest.approx(5)
+    assert stats.crossing(steps, losses, 0.5) == 20 and stats.crossing(steps, losses, 0.49) is None
+    assert stats.crossing(steps, [None, 0.5, 0.5], 0.55) == pytest.approx(20)  # nothing to interpolate with
     plain = {"step": [5, 10, 15, 20], "loss": [0.65, 0.6, 0.5, 0.4]}
     own = {"step": [5, 10, 15, 20], "loss": [0.6, 0.5, 0.45, 0.41]}
-    assert tables.step_shares(own, plain, 0.5) == pytest.approx(0.5)
-    assert tables.step_shares(plain, plain, 0.25) == 1 and tables.step_shares(own, plain, 1.0) is None
+    assert stats.step_shares(own, plain, 0.5) == pytest.approx(0.5)
+    assert stats.step_shares(plain, plain, 0.25) == 1 and stats.step_shares(own, plain, 1.0) is None
 
 
 def test_gold_at_equal_kl():
     seeds = np.arange(5.0)
     plain_kl = np.array([2 + seeds, 6 + seeds, 10 + seeds])
     plain_gold = np.array([1 + 0 * seeds, 2 + 0 * seeds, 3 + 0 * seeds])
-    gain, bounds = tables.gold_at_equal_kl(4 + seeds, 2.5 + 0.1 * seeds, plain_kl, plain_gold)
+    gain, bounds = stats.gold_at_equal_kl(4 + seeds, 2.5 + 0.1 * seeds, plain_kl, plain_gold)
     assert gain == pytest.approx(2.7 - 1.5) and 1.0 < bounds[0] < gain < bounds[1] < 1.4
-    assert tables.gold_at_equal_kl(20 + seeds, seeds, plain_kl, plain_gold) is None
+    assert stats.gold_at_equal_kl(20 + seeds, seeds, plain_kl, plain_gold) is None
 
 
 # ---- tables ----
@@ -127,7 +127,7 @@ def test_diverged_runs_are_not_hidden():
         if (entry["cell"]["method"], entry["cell"]["seed"], entry["cell"]["role"]) == ("keep", 0, "report"):
             entry["curve"]["loss"][-1], entry["samples"] = None, {}
     _, keep = tables.compare(records, "quickstart")
-    assert keep["loss"] == math.inf and tables.verdict(keep["bounds"]) == "cannot be said" and not keep["frontier"]
+    assert keep["loss"] == math.inf and stats.verdict(keep["bounds"]) == "cannot be said" and not keep["frontier"]
 
 
 # ---- the grid ----

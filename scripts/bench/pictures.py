@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .methods import METHODS
-from .tables import interval, reported
+from .stats import interval
+from .tables import reported
 
 PLAIN, OURS, CONTROL, PEER = "#222222", "#1f6fb4", "#8a8a8a", "#d2691e"
 CONTROLS = ("random", "norm-matched", "beta1-0.95", "batch-x1.31", "batch-x1.5")
