@@ -1,8 +1,11 @@
-"""What NSPO2 costs, in one run against the same trainer without it.
+"""What NSPO2 costs, in one run against the same trainer without it; and what it brings, in many.
 
     python scripts/benchmark.py overhead --config recipes/quickstart/dpo.yaml [--steps 120] [--any_field value]
     python scripts/benchmark.py overhead --sizes 10m 135m --lora_r 8 64 --covariance adapter factored --update_freq 10
     python scripts/benchmark.py sizes --sizes 8b --lora_r 16
+    python scripts/benchmark.py convergence --help      methods x rates x seeds, in parts, over hours
+    python scripts/benchmark.py tables                  docs/results.md and plots from benchmarks/raw
+    python scripts/benchmark.py --smoke                 the last two, tiny
 
 `overhead`: two trainers, with `nspo2_enabled` true and false, take turns step by step on the same batches: forward and
 backward passes, clipping, optimizer. With a recipe, or on randomly initialised models of the sizes of public ones. It
@@ -12,7 +15,7 @@ gives the ratio of step times, and which part of NSPO2 takes what, by clocks ins
 `sizes`: no model, only the adapters of one, with random gradients: bytes of state and scratch, time of each kind of
 step, and from the memory traffic that was counted an estimate of the time on an H100.
 
-Both print a table and write all figures to a JSON file.
+These two print a table and write all figures to a JSON file.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from rich.console import Console
 from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench import overhead, sizes
+from bench import convergence, overhead, sizes
 
 from nspo2_trl.train import build, parse
 
@@ -74,6 +77,14 @@ def run_sizes(options: argparse.Namespace) -> Iterator[dict]:
 
 
 def main() -> None:
+    command, rest = (sys.argv[1:] or [""])[0], sys.argv[2:]
+    if command == "convergence":
+        sys.exit(1 if convergence.run(rest) else 0)
+    if command == "tables":
+        return convergence.tables(rest)
+    if command == "--smoke":
+        print(f"Everything is in {convergence.smoke()}.")
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["overhead", "sizes"])
     parser.add_argument("--steps", type=int, default=120, help="overhead: pairs of steps that are counted")

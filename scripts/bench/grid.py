@@ -1,0 +1,164 @@
+"""The grid: which cells there are, and running those that are not there yet, two at a time.
+
+A cell is a dict of plain values: study, task, method, lr, seed, steps, held_out (pairs of an evaluation), samples,
+role ("select" to choose the method's rate, "report" to be shown). Its file is RAW/STUDY/TASK/METHOD-lrLR-sSEED.json,
+written in one go; a cell that has a file is not run again, so the same command goes on with an interrupted grid.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+SELECT, REPORT = [100, 101, 102], 10  # seeds that choose the rates; number of seeds (0, 1, …) that are reported
+
+
+def path_of(raw: Path, cell: dict) -> Path:
+    name = f"{cell['method']}-lr{cell['lr']:g}-s{cell['seed']}.json"
+    return raw / cell["study"] / cell["task"] / name
+
+
+def read(raw: Path, study: str) -> list[dict]:
+    """What is there of a study, in the order of the files' names."""
+    return [json.loads(path.read_text()) for path in sorted((raw / study).glob("*/*.json"))]
+
+
+def final_loss(record: dict) -> float:
+    """Held-out loss at the end; infinite where the run diverged."""
+    loss = record["curve"]["loss"][-1]
+    return math.inf if loss is None else loss
+
+
+def losses_by_rate(records: Iterable[dict], task: str, method: str) -> dict[float, float]:
+    """Mean final held-out loss over the choosing seeds, of the rates that have as many seeds as any."""
+    found: dict[float, list[float]] = {}
+    for record in records:
+        cell = record["cell"]
+        if (cell["task"], cell["method"], cell["role"]) == (task, method, "select"):
+            found.setdefault(cell["lr"], []).append(final_loss(record))
+    most = max(map(len, found.values()), default=0)
+    return {lr: statistics.fmean(losses) for lr, losses in sorted(found.items()) if len(losses) == most}
+
+
+def best_rate(losses: dict[float, float]) -> tuple[float, bool]:
+    """The rate with the lowest loss, and whether it is the lowest or highest that was tried."""
+    rate = min(losses, key=losses.get)
+    return rate, rate in (min(losses), max(losses))
+
+
+def select_cells(common: dict, methods: list[str], rates: list[float], seeds: list[int]) -> list[dict]:
+    return [
+        common | {"method": method, "lr": lr, "seed": seed, "role": "select"}
+        for lr in rates
+        for method in methods
+        for seed in seeds
+    ]
+
+
+def beyond(losses: dict[float, float]) -> list[float]:
+    """The next rate, half or double, where the best is at the edge."""
+    rate, edge = best_rate(losses)
+    return [float(f"{rate * (0.5 if rate == min(losses) else 2):g}")] if edge else []
+
+
+def report_cells(common: dict, records: list[dict], methods: list[str], seeds: int) -> list[dict]:
+    """Each method at its best rate; plain AdamW at half and double too, for the frontier of reward against KL."""
+    cells = []
+    for method in methods:
+        losses = losses_by_rate(records, common["task"], method)
+        if not losses:
+            continue
+        best = best_rate(losses)[0]
+        rates = [best, best / 2, best * 2] if method == "plain" else [best]
+        cells += [common | {"method": method, "lr": float(f"{lr:g}"), "role": "report"} for lr in rates]
+    return [cell | {"seed": seed} for seed in range(seeds) for cell in cells]
+
+
+def wanted(cell: dict, only: dict[str, list[str]]) -> bool:
+    """Whether a cell passes `--only key=value,…`; several values of one key are alternatives."""
+    return all(str(cell.get(key)) in values for key, values in only.items())
+
+
+def _begin() -> None:
+    import warnings
+
+    import datasets
+    import torch
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and Transformers call their own deprecated names
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _run(cell: dict, folders: dict[str, str]) -> dict:
+    from .tasks import run_cell
+
+    return run_cell(cell, folders)
+
+
+def write(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    part.rename(path)
+
+
+def missing(raw: Path, cells: list[dict]) -> list[dict]:
+    """The cells that have no file.
+
+    Raises:
+        ValueError: a file was made with other settings, such as another number of steps.
+    """
+    found = []
+    for cell in cells:
+        path = path_of(raw, cell)
+        if not path.exists():
+            found.append(cell)
+        elif (there := json.loads(path.read_text())["cell"]) != cell:
+            raise ValueError(f"{path} was made with {there}, not with {cell}: choose another `--study`, or remove it.")
+    return found
+
+
+def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: int, label: str, run=_run) -> int:
+    """Run the cells that have no file, `workers` at a time with one thread each; returns how many failed.
+
+    What failed is named at the end and leaves no file, so that the next call tries it again.
+    """
+    todo, failed, start = missing(raw, cells), [], time.perf_counter()
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes that are started now read it
+    console = Console()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
+    with pool, Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=len(cells), completed=len(cells) - len(todo))
+        futures = {pool.submit(run, cell, folders[cell["task"]]): cell for cell in todo}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                cell = futures[future]
+                if future.exception() is None:
+                    write(path_of(raw, cell), future.result())
+                else:
+                    failed.append((cell, future.exception()))
+                left = (time.perf_counter() - start) / done * (len(todo) - done)
+                text = f"{label}: {len(cells) - len(todo) + done} of {len(cells)}, {left / 60:.0f} min left"
+                progress.update(task, advance=1, description=text)
+                if not console.is_terminal:
+                    print(f"{text} ({path_of(raw, cell).name})", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for cell, error in failed:
+        print(f"failed: {path_of(raw, cell)}: {type(error).__name__}: {error}")
+    return len(failed)

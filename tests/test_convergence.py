@@ -1,0 +1,248 @@
+"""The grid of scripts/benchmark.py convergence: what it runs, what it makes of it."""
+
+import itertools
+import json
+import math
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_lean import NSPO2, make
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from bench import convergence, grid, lean, methods, stats, tables
+
+COMMON = {"study": "s", "task": "quickstart", "steps": 20, "held_out": 300, "samples": 200}
+
+
+def record(method, lr, seed, losses, role="report", gold=1.0, kl=5.0):
+    """A raw file's content, with the same loss curve for all but its last point."""
+    curve = {"step": [5, 10, 15, 20], "loss": losses, "accuracy": [0.5] * 4, "margin": [0.1] * 4}
+    samples = {"gold": gold, "kl": kl} if role == "report" else {}
+    cell = COMMON | {"method": method, "lr": lr, "seed": seed, "role": role}
+    figures = {"variance_reduction": 0.4} if method == "keep" else {}
+    return {"cell": cell, "curve": curve, "samples": samples, "nspo2": figures, "pairs_a_step": 16, "ms_a_step": 50.0}
+
+
+def study():
+    """plain is best at 0.002, inside of its grid; keep at 0.004, the edge of its own, and better by 0.01 to 0.03."""
+    found = []
+    for lr, plain, keep in ((1e-3, 0.5, 0.5), (2e-3, 0.4, 0.42), (4e-3, 0.45, 0.39)):
+        for seed in (100, 101):
+            found.append(record("plain", lr, seed, [plain] * 4, "select"))
+            found.append(record("keep", lr, seed, [keep] * 4, "select"))
+    for seed in range(5):
+        for lr, kl, gold in ((1e-3, 2.0, 1.0), (2e-3, 6.0, 2.0), (4e-3, 10.0, 3.0)):
+            found.append(record("plain", lr, seed, [0.65, 0.6, 0.5, 0.4 + 0.01 * seed], gold=gold, kl=kl + seed))
+        last = 0.4 + 0.01 * seed - (0.01, 0.02, 0.03, 0.02, 0.02)[seed]
+        found.append(record("keep", 4e-3, seed, [0.6, 0.5, 0.45, last], gold=3.0, kl=6.0 + seed))
+    return found
+
+
+# ---- statistics ----
+
+
+def test_interval_is_the_bootstrap_over_all_resamples():
+    values = np.array([0.3, -0.1, 0.4, 0.2, 0.9])
+    means = np.sort([np.mean(draw) for draw in itertools.product(values, repeat=5)])
+    normal = statistics.NormalDist()
+    below = (np.mean(means < values.mean()) + np.mean(means <= values.mean())) / 2
+    without = (values.sum() - values) / 4
+    off = without.mean() - without
+    bias, skew = normal.inv_cdf(below), (off**3).sum() / (6 * (off**2).sum() ** 1.5)
+
+    def end(share):
+        z = bias + normal.inv_cdf(share)
+        return np.quantile(means, normal.cdf(bias + z / (1 - skew * z)))
+
+    assert stats.interval(values) == pytest.approx((end(0.025), end(0.975)), abs=0.015)
+    assert stats.interval([0.2, 0.2, 0.2]) == (0.2, 0.2)
+    assert stats.interval([0.1, 0.2]) is None and stats.interval([0.1, 0.2, math.inf]) is None
+
+
+def test_verdicts():
+    assert stats.verdict((-0.2, -0.1)) == "better" and stats.verdict((0.1, 0.2)) == "worse"
+    assert stats.verdict((0.1, 0.2), more_is_better=True) == "better"
+    assert stats.verdict((-0.1, 0.1)) == "no difference shown" and stats.verdict(None) == "cannot be said"
+
+
+def test_steps_to_a_loss():
+    steps, losses = [10, 20, 30], [0.6, 0.5, 0.55]
+    assert stats.crossing(steps, losses, 0.55) == pytest.approx(15)
+    assert stats.crossing(steps, losses, (math.log(2) + 0.6) / 2) == pytest.approx(5)
+    assert stats.crossing(steps, losses, 0.5) == 20 and stats.crossing(steps, losses, 0.49) is None
+    assert stats.crossing(steps, [None, 0.5, 0.5], 0.55) == pytest.approx(20)  # nothing to interpolate with
+    plain = {"step": [5, 10, 15, 20], "loss": [0.65, 0.6, 0.5, 0.4]}
+    own = {"step": [5, 10, 15, 20], "loss": [0.6, 0.5, 0.45, 0.41]}
+    assert stats.step_shares(own, plain, 0.5) == pytest.approx(0.5)
+    assert stats.step_shares(plain, plain, 0.25) == 1 and stats.step_shares(own, plain, 1.0) is None
+
+
+def test_gold_at_equal_kl():
+    seeds = np.arange(5.0)
+    plain_kl = np.array([2 + seeds, 6 + seeds, 10 + seeds])
+    plain_gold = np.array([1 + 0 * seeds, 2 + 0 * seeds, 3 + 0 * seeds])
+    gain, bounds = stats.gold_at_equal_kl(4 + seeds, 2.5 + 0.1 * seeds, plain_kl, plain_gold)
+    assert gain == pytest.approx(2.7 - 1.5) and 1.0 < bounds[0] < gain < bounds[1] < 1.4
+    assert stats.gold_at_equal_kl(20 + seeds, seeds, plain_kl, plain_gold) is None
+
+
+# ---- tables ----
+
+
+def test_rows_are_paired_and_each_at_its_best_rate():
+    plain, keep = tables.compare(study(), "quickstart")
+    assert (plain["lr"], plain["edge"], keep["lr"], keep["edge"]) == (2e-3, False, 4e-3, True)
+    assert keep["apart"] == pytest.approx(-0.02) and keep["bounds"][0] >= -0.03 and keep["bounds"][1] <= -0.01
+    assert keep["frontier"][0] == pytest.approx(1.0) and keep["removed"] == 0.4 and plain["removed"] is None
+    assert plain["steps_0.5"] == [1.0] * 5 and keep["steps_0.5"] == [0.5] * 5
+
+
+def test_page_says_what_the_figures_say(tmp_path, capsys):
+    page = tmp_path / "results.md"
+    page.write_text(f"Before.\n{tables.MARKS[0]}\nstale figures\n{tables.MARKS[1]}\nAfter.\n")
+    made = tables.write(study(), tmp_path)
+    text = page.read_text()
+    assert text.startswith("Before.") and text.endswith("After.\n") and "stale" not in text
+    assert [path.name for path in made] == ["results.md", "convergence_quickstart.png"] and made[1].exists()
+    (keep, second) = [line for line in text.splitlines() if line.startswith("| `keep`")]
+    assert "0.004 (at the edge of the grid) | 0.4000 | -0.0200 [-0.0" in keep and "| better |" in keep
+    assert "+1.00 [+1.00, +1.00] | better | " in second and "| 50 % |" in second
+    assert text == (tables.write(study(), tmp_path), page.read_text())[1]  # the same files, the same page
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="has no lines"):
+        tables.write(study(), tmp_path)
+    assert tables.write([r for r in study() if r["cell"]["method"] == "keep"], tmp_path) == []
+    assert "nothing to compare with" in capsys.readouterr().out
+
+
+def test_diverged_runs_are_not_hidden():
+    records = study()
+    for entry in records:
+        if (entry["cell"]["method"], entry["cell"]["seed"], entry["cell"]["role"]) == ("keep", 0, "report"):
+            entry["curve"]["loss"][-1], entry["samples"] = None, {}
+    _, keep = tables.compare(records, "quickstart")
+    assert keep["loss"] == math.inf and stats.verdict(keep["bounds"]) == "cannot be said" and not keep["frontier"]
+
+
+# ---- the grid ----
+
+
+def test_rates():
+    assert grid.best_rate({1e-3: 0.5, 2e-3: 0.4, 4e-3: 0.6}) == (2e-3, False)
+    assert grid.best_rate({1e-3: 0.5, 2e-3: 0.4}) == (2e-3, True)
+    assert grid.beyond({1e-3: 0.5, 2e-3: 0.4}) == [4e-3] and grid.beyond({5e-4: 0.4, 1e-3: 0.5}) == [2.5e-4]
+    records = study()[:-1] + [record("keep", 8e-3, 100, [0.1] * 4, "select")]  # a rate with one seed of two
+    assert grid.best_rate(grid.losses_by_rate(records, "quickstart", "keep")) == (4e-3, True)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+
+
+def test_a_finished_cell_is_never_run_again(tmp_path, threads, capsys):
+    cells = grid.select_cells(COMMON, ["plain", "keep"], [1e-3], [100, 101])
+    ran, broken = [], {("keep", 101)}
+
+    def run(cell, folders):
+        ran.append((cell["method"], cell["seed"]))
+        if ran[-1] in broken:
+            raise ValueError("no luck")
+        return record(cell["method"], cell["lr"], cell["seed"], [0.5] * 4, "select") | {"cell": cell}
+
+    folders = {"quickstart": {}}
+    assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 1
+    assert "failed" in capsys.readouterr().out and len(ran) == 4
+    names = sorted(path.name for path in tmp_path.rglob("*.*"))
+    assert names == ["keep-lr0.001-s100.json", "plain-lr0.001-s100.json", "plain-lr0.001-s101.json"]
+    broken.clear()
+    assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 0 and ran[4:] == [("keep", 101)]
+    assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 0 and len(ran) == 5
+    with pytest.raises(ValueError, match="was made with"):
+        grid.run_cells(tmp_path, [cell | {"steps": 40} for cell in cells], folders, 2, "test", run)
+
+
+def test_phases(tmp_path, threads, monkeypatch):
+    """Select goes on beyond the edge; report takes the best rates, other seeds, and plain's neighbours."""
+
+    def run(cell, folders):
+        best = {"plain": 2e-3, "keep": 16e-3}[cell["method"]]
+        loss = 0.5 + abs(math.log(cell["lr"] / best)) / 10
+        return record(cell["method"], cell["lr"], cell["seed"], [loss] * 4, cell["role"]) | {"cell": cell}
+
+    run_cells = grid.run_cells
+    monkeypatch.setattr(grid, "run_cells", lambda *args: run_cells(*args, run=run))
+    options = ["--methods", "plain", "keep", "--rates", "1e-3", "2e-3", "4e-3", "--raw", str(tmp_path)]
+    with pytest.raises(SystemExit, match="18 cells that choose"):
+        convergence.run([*options, "--phase", "report"])
+    assert convergence.run([*options, "--only", "method=keep,role=select"]) == 0
+    assert {entry["cell"]["method"] for entry in grid.read(tmp_path, "convergence")} == {"keep"}
+    assert convergence.run([*options, "--report_seeds", "3"]) == 0
+    cells = [entry["cell"] for entry in grid.read(tmp_path, "convergence")]
+    rates = lambda **kinds: sorted({c["lr"] for c in cells if all(c[key] == kinds[key] for key in kinds)})
+    assert rates(method="keep", role="select") == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]
+    assert rates(method="plain", role="report") == [1e-3, 2e-3, 4e-3] and rates(method="keep", role="report") == [
+        16e-3
+    ]
+    assert {c["seed"] for c in cells if c["role"] == "report"} == {0, 1, 2}
+
+
+# ---- methods ----
+
+
+def test_norm_matched_takes_adamws_direction_and_the_twins_length():
+    torch.manual_seed(0)
+    model, other = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+    other.load_state_dict(model.state_dict())
+    args = SimpleNamespace(weight_decay=0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
+    make_adam = lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0)
+    trainer = SimpleNamespace(args=args, model=model, optimizer=make_adam(model))
+    step, plain = methods.norm_matched(trainer), make_adam(other)
+    raw = [torch.randn_like(p) for p in model.parameters()]
+    for p, q, grad in zip(model.parameters(), other.parameters(), raw):
+        p.grad, q.grad = grad.clone(), grad.clone()
+    model.weight.grad[:, 3:] = 0  # the filter takes away half of the weight: Adam moves 12 + 4 of 24 + 4 entries
+    before = [p.detach().clone() for p in model.parameters()]
+    step(raw)
+    plain.step()
+    for p, q, start in zip(model.parameters(), other.parameters(), before):
+        assert torch.allclose(p - start, (q - start) * math.sqrt(16 / 28), rtol=1e-3)
+
+
+def test_random_directions_remove_what_their_number_says(tmp_path, monkeypatch):
+    removed = {}
+    for method in ("keep", "random"):
+        trainer = make(tmp_path, **NSPO2, nspo2_strategy="keep")
+        data = lean.load_data(trainer, 20, tmp_path)
+        run = lean.train(trainer, data, looks=1, prepare=methods.preparation(method))
+        removed[method] = run.figures[-1]["variance_reduction"]
+        dims = [part.cov.dim for part in trainer.nspo2.parts]
+    assert 0.3 * 8 / max(dims) < removed["random"] < 2 * 8 / min(dims) < removed["keep"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_smoke():
+    folder = convergence.smoke()
+    text = (folder / "docs/results.md").read_text()
+    assert "| `keep` | 0.00" in text and "2 seeds" in text and (folder / "docs/convergence_quickstart.png").exists()
+    files = list((folder / "raw").rglob("*.json"))
+    assert len(files) == 16 and max(path.stat().st_size for path in files) < 3000
+    assert all(json.loads(path.read_text())["curve"]["loss"][-1] < math.log(2) for path in files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", list(methods.METHODS))
+def test_every_method_learns(method):
+    from bench.tasks import run_cell
+
+    cell = COMMON | {"method": method, "lr": 1e-3, "seed": 0, "role": "report", "held_out": 20, "samples": 5}
+    found = run_cell(cell, convergence.QUICKSTART)
+    assert found["curve"]["loss"][-1] < math.log(2) and found["samples"]["kl"] is not None
+    assert bool(found["nspo2"]) == methods.options_of(method)["nspo2_enabled"]

@@ -1,0 +1,120 @@
+"""scripts/bench/lean.py is the trainer, only faster: the same batches, losses and adapters."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, losses, trainable
+from peft import LoraConfig, get_peft_model
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from bench import lean
+from bench.packed import Packed, PackedLlama
+
+from nspo2_trl.train import build, parse
+
+RECIPE = str(ROOT / "recipes/quickstart/dpo.yaml")
+FOLDERS = ["--model_name_or_path", str(ROOT / "recipes/quickstart/model")]
+FOLDERS += ["--dataset_name", str(ROOT / "recipes/quickstart/data")]
+
+
+def make(tmp_path, **options):
+    options = {"lora_dropout": 0, "max_steps": 10, "output_dir": tmp_path / "out", "use_cpu": True} | options
+    argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    trainer = build(*parse(["--config", RECIPE, *FOLDERS, *argv]))
+    trainer.train_dataset = trainer.train_dataset.select(range(192))
+    return trainer
+
+
+def distance(first: dict, second: dict) -> float:
+    """|difference| of all tensors together, as a share of |second|."""
+    assert first.keys() == second.keys()
+    apart = sum((first[name] - second[name]).square().sum() for name in second)
+    return float((apart / sum(value.square().sum() for value in second.values())).sqrt())
+
+
+def test_log_probs_and_gradients(tmp_path):
+    trainer = make(tmp_path, nspo2_enabled=False)
+    llama = PackedLlama(trainer.model)
+    for factor in llama.factors:
+        torch.nn.init.normal_(factor, std=0.1)
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    batch = trainer.data_collator(rows)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    theirs = trainer.model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(1).view(2, -1)
+    packed = Packed(lean.pairs_of(trainer.train_dataset.select(range(8)), 128), 4)
+    sinks = {id(factor): [torch.zeros_like(factor) for _ in range(4)] for factor in llama.factors}
+    ours = llama.log_probs(packed, sinks)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    with torch.no_grad():
+        reference = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch))
+        assert torch.allclose(llama.log_probs(packed, adapted=False), reference, rtol=1e-5)
+    weights = torch.randn(2, 8)
+    found = torch.autograd.grad((ours * weights).sum(), llama.factors)
+    wanted = torch.autograd.grad((theirs * weights).sum(), llama.factors)
+    for factor, part, their in zip(llama.factors, found, wanted):
+        assert torch.allclose(part, their, rtol=1e-3, atol=1e-4 * float(their.abs().max()))
+        assert torch.allclose(sum(sinks[id(factor)]), their, rtol=1e-3, atol=1e-4 * float(their.abs().max()))
+    # a micro-batch's gradient is that of its pairs alone
+    theirs = llama.log_probs(packed)
+    theirs[:, [0, 1, 4, 5, 6, 7]] = 0
+    for factor, part in zip(llama.factors, torch.autograd.grad((theirs * weights).sum(), llama.factors)):
+        assert torch.allclose(sinks[id(factor)][1], part, rtol=1e-3, atol=1e-4 * float(part.abs().max()))
+
+
+NSPO2 = {"nspo2_update_freq": 2, "nspo2_min_rank": 8, "nspo2_projection_rank": 8}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nspo2_enabled": False},
+        NSPO2 | {"nspo2_strategy": "keep"},
+        NSPO2 | {"nspo2_covariance": "factored", "nspo2_anneal": 0.5, "seed": 3},
+        NSPO2 | {"nspo2_apply_to": "update"},
+    ],
+    ids=["plain", "keep", "factored", "update"],
+)
+def test_ten_steps_equal_the_trainers(tmp_path, options):
+    trainer = make(tmp_path, logging_steps=1, eval_strategy="no", save_strategy="no", disable_tqdm=True, **options)
+    trainer.train()
+    fast = make(tmp_path, eval_steps=1, **options)
+    data = lean.load_data(fast, 20, tmp_path)
+    run = lean.train(fast, data, looks=10)
+    assert run.losses == pytest.approx(losses(trainer), rel=1e-5)
+    assert distance(trainable(fast), trainable(trainer)) < 1e-4
+    assert [point["step"] for point in run.curve] == list(range(1, 11))
+    if options.get("nspo2_enabled", True):
+        theirs = [entry for entry in trainer.state.log_history if "nspo2/variance_reduction" in entry]
+        ours = [entry["variance_reduction"] for entry in run.figures if "variance_reduction" in entry]
+        assert ours == pytest.approx([entry["nspo2/variance_reduction"] for entry in theirs], rel=1e-3) and ours
+
+
+def test_evaluation_equals_the_trainers(tmp_path):
+    trainer = make(tmp_path, nspo2_enabled=False, per_device_eval_batch_size=10)
+    trainer.eval_dataset = trainer.eval_dataset.select(range(30))
+    data = lean.load_data(trainer, 30, tmp_path)
+    run = lean.train(trainer, data, looks=1)
+    theirs = trainer.evaluate()
+    wanted = [theirs[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "rewards/margins")]
+    assert [run.curve[0][name] for name in ("loss", "accuracy", "margin")] == pytest.approx(wanted, rel=1e-4)
+    assert len(list(tmp_path.glob("*.pt"))) == 2
+    again = lean.load_data(trainer, 30, tmp_path)
+    assert torch.equal(again.train_reference, data.train_reference)  # from the file
+
+
+def test_another_epoch_and_other_models(tmp_path):
+    trainer = make(tmp_path, nspo2_enabled=False)
+    trainer.train_dataset = trainer.train_dataset.select(range(32))
+    steps = lean.order(trainer, 5)  # two of them are an epoch
+    assert [len(micro) for step in steps for micro in step] == [4] * 20
+    rows = [row for step in steps[:2] for micro in step for row in micro]
+    assert sorted(rows) == list(range(32)) and steps[2:4] != steps[:2]
+    trainer.train_dataset = trainer.train_dataset.select(range(30))
+    with pytest.raises(ValueError, match="30 pairs are neither enough for 5 batches of 16"):
+        lean.order(trainer, 5)
+    with pytest.raises(ValueError, match="without biases"):
+        PackedLlama(make(tmp_path, lora_dropout=0.1).model)
+    with pytest.raises(ValueError, match="all linear layers"):
+        PackedLlama(get_peft_model(trainer.model.unload(), LoraConfig(target_modules=["q_proj"])))
