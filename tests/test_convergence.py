@@ -219,7 +219,7 @@ def test_random_directions_remove_what_their_number_says(tmp_path, monkeypatch):
     removed = {}
     for method in ("keep", "random"):
         trainer = make(tmp_path, **NSPO2, nspo2_strategy="keep")
-        data = lean.load_data(trainer, 20, tmp_path)
+        data = lean.load_data(trainer, range(20), tmp_path)
         run = lean.train(trainer, data, looks=1, prepare=methods.preparation(method))
         removed[method] = run.figures[-1]["variance_reduction"]
         dims = [part.cov.dim for part in trainer.nspo2.parts]

@@ -80,7 +80,7 @@ def test_ten_steps_equal_the_trainers(tmp_path, options):
     trainer = make(tmp_path, logging_steps=1, eval_strategy="no", save_strategy="no", disable_tqdm=True, **options)
     trainer.train()
     fast = make(tmp_path, eval_steps=1, **options)
-    data = lean.load_data(fast, 20, tmp_path)
+    data = lean.load_data(fast, range(20), tmp_path)
     run = lean.train(fast, data, looks=10)
     assert run.losses == pytest.approx(losses(trainer), rel=1e-5)
     assert distance(trainable(fast), trainable(trainer)) < 1e-4
@@ -94,13 +94,13 @@ def test_ten_steps_equal_the_trainers(tmp_path, options):
 def test_evaluation_equals_the_trainers(tmp_path):
     trainer = make(tmp_path, nspo2_enabled=False, per_device_eval_batch_size=10)
     trainer.eval_dataset = trainer.eval_dataset.select(range(30))
-    data = lean.load_data(trainer, 30, tmp_path)
+    data = lean.load_data(trainer, range(30), tmp_path)
     run = lean.train(trainer, data, looks=1)
     theirs = trainer.evaluate()
     wanted = [theirs[f"eval_{name}"] for name in ("loss", "rewards/accuracies", "rewards/margins")]
     assert [run.curve[0][name] for name in ("loss", "accuracy", "margin")] == pytest.approx(wanted, rel=1e-4)
     assert len(list(tmp_path.glob("*.pt"))) == 2
-    again = lean.load_data(trainer, 30, tmp_path)
+    again = lean.load_data(trainer, range(30), tmp_path)
     assert torch.equal(again.train_reference, data.train_reference)  # from the file
 
 

@@ -68,16 +68,14 @@ def log_probs(llama: PackedLlama, pairs: list[Pair], adapted: bool = True) -> to
     return found
 
 
-def load_data(trainer: NSPO2DPOTrainer, held_out: int, cache: Path) -> Data:
+def load_data(trainer: NSPO2DPOTrainer, held_out: range, cache: Path) -> Data:
     """The trainer's pairs with reference log-probabilities, kept in files that are named after model and pairs.
 
     Args:
-        held_out: how many of the evaluation pairs to use, the first ones. cache: a folder.
+        held_out: rows of the evaluation set to use, as far as there are. cache: a folder.
     """
-    length, held = (
-        trainer.args.max_length,
-        trainer.eval_dataset.select(range(min(held_out, len(trainer.eval_dataset)))),
-    )
+    length = trainer.args.max_length
+    held = trainer.eval_dataset.select([row for row in held_out if row < len(trainer.eval_dataset)])
     train, held = pairs_of(trainer.train_dataset, length), pairs_of(held, length)
     weights = hashlib.sha256()
     for key, value in trainer.model.state_dict().items():
