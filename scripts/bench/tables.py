@@ -143,8 +143,9 @@ def section(records: list[dict], rows: list[dict], task: str, plot: str) -> list
         f"{run['cell']['steps']} steps, {rows[0]['seeds']} seeds, {run['cell']['held_out']} held-out pairs, "
         f"{run['cell']['samples']} samples a run. Each method at the best of its learning rates "
         f"({', '.join(f'{rate:g}' for rate in sorted(tried))}; the outer ones only where the best was at the edge), "
-        f"chosen by the mean held-out loss of {len(choosing)} other seeds on other pairs. Differences are paired by seed: same "
-        f"order of the data, same start of LoRA. {compared} comparisons are made: about {0.05 * compared:.1f} of them "
+        f"chosen by the mean held-out loss of {len(choosing)} other seeds on other pairs. Differences are paired by "
+        f"seed: same order of the data, same start of LoRA. {compared} comparisons are made: about "
+        f"{0.05 * compared:.1f} of them "
         "would show a difference at 95 % if there were none, and more, since a bootstrap of few seeds is narrow.",
         "",
         *loss_table(rows),
