@@ -51,6 +51,7 @@ def test_train_is_the_script(tmp_path, monkeypatch):
     assert (tmp_path / "script/adapter_model.safetensors").read_bytes() == by_command
 
 
+@pytest.mark.slow
 def test_train_in_two_processes(tmp_path):
     argv = command(tmp_path, "--eval_strategy", "no", steps=2)
     log = launch_and_log(["nspo2", "train", "--num_processes", "2", *argv], tmp_path / "log", 100)

@@ -125,13 +125,14 @@ def test_one_rank_that_cannot_write_leaves_no_checkpoint(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_fsdp_resumes_to_the_same_end(launch, tmp_path):
     whole = launch("fsdp")
     own = SAME | LAUNCHES["fsdp"][1]
     assert_identical(run(tmp_path / "out", 2, resume=whole["out"] / "checkpoint-5", **own), whole)
 
 
-@pytest.mark.parametrize("saved, resumed", [("ddp", "one"), ("one", "ddp")])
+@pytest.mark.parametrize("saved, resumed", [("ddp", "one"), pytest.param("one", "ddp", marks=pytest.mark.slow)])
 def test_resumes_on_another_number_of_processes(launch, tmp_path, saved, resumed):
     processes, own = LAUNCHES[resumed]
     result = run(tmp_path / "out", processes, resume=launch(saved)["out"] / "checkpoint-5", **(SAME | own))
