@@ -34,8 +34,6 @@ SHOWN = """model_name_or_path dataset_name dataset_config dataset_train_split da
     eval_strategy eval_steps logging_steps report_to save_steps save_total_limit resume_from_checkpoint
     precompute_ref_log_probs bf16 gradient_checkpointing use_cpu seed push_to_hub hub_model_id
     use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit dtype attn_implementation""".split()
-
-
 CLEARER = {
     "resume_from_checkpoint": "`true` for the last whole checkpoint in `output_dir`, or the folder of one.",
     "dataset_name": "Hub id, folder, or a .jsonl(.gz), .json, .parquet or .csv file.",

@@ -37,7 +37,16 @@ CITATION = """@software{nspo2,
 _LEFT_OUT = {"output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "report_to"}
 _LEFT_OUT |= {"hub_token", "push_to_hub_token", "push_to_hub", "accelerator_config", "debug", "do_eval"}
 _LEFT_OUT |= {"dataloader_pin_memory", "pad_to_multiple_of", "disable_tqdm"}
-_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "modules_to_save")
+_SECRETS, _NO_SECRETS = ("token", "api_key", "password", "secret"), ("pad_token", "eos_token", "bos_token")
+_LORA = {  # option of a recipe: attribute of PEFT's config
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_modules_to_save": "modules_to_save",
+}
 
 
 def means(log_history: Sequence[dict]) -> dict[str, float]:
@@ -62,10 +71,9 @@ def recipe(trainer: NSPO2Mixin) -> dict:
         chosen |= {f"nspo2_{k}": value for k, value in nspo2_options(args).items() if value != defaults[k]}
     peft_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
     if peft_config is not None:
-        lora = {name.removeprefix("lora_"): getattr(peft_config, name, None) for name in _LORA}
-        lora |= {name: sorted(value) for name, value in lora.items() if isinstance(value, set)}
-        named = {name if name.startswith("use_") else f"lora_{name}": value for name, value in lora.items()}
-        chosen |= {"use_peft": True} | {name: value for name, value in named.items() if value}
+        lora = {option: getattr(peft_config, name, None) for option, name in _LORA.items()}
+        lora |= {option: sorted(value) for option, value in lora.items() if isinstance(value, set)}
+        chosen |= {"use_peft": True} | {option: value for option, value in lora.items() if value}
     if getattr(trainer.model.config, "quantization_config", None) is not None:
         chosen["load_in_4bit" if getattr(trainer.model, "is_loaded_in_4bit", False) else "load_in_8bit"] = True
     return _without_secrets(json.loads(json.dumps(chosen, default=_as_text)))
@@ -77,8 +85,8 @@ def _as_text(value: Any) -> Any:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
-        secrets = ("token", "auth_token", "api_key", "password")
-        return {key: _without_secrets(inner) for key, inner in value.items() if not key.endswith(secrets)}
+        open_to_all = [key for key in value if not key.endswith(_SECRETS) or key in _NO_SECRETS]
+        return {key: _without_secrets(value[key]) for key in open_to_all}
     return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
 
 

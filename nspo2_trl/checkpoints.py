@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+# the first two are Trainer's; to import it takes seconds, which `nspo2 report` does not need (tests/test_canary.py)
+TRAINER_STATE_NAME = "trainer_state.json"
+PREFIX_CHECKPOINT_DIR = "checkpoint"
+NSPO2_STATE_NAME = "nspo2_state.pt"
 
 
 class CheckpointError(OSError):
@@ -27,14 +30,16 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     return True
 
 
+def checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints in `output_dir`, whole or not, in their order."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbers = [(folder.name.removeprefix(prefix), folder) for folder in Path(output_dir).glob(f"{prefix}*")]
+    return sorted((int(step), folder) for step, folder in numbers if step.isdecimal())
+
+
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The whole checkpoint with the most steps in `output_dir`, or None."""
-    found = {
-        int(folder.name.rsplit("-")[-1]): folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.name.rsplit("-")[-1].isdecimal() and is_whole(folder)
-    }
-    return str(found[max(found)]) if found else None
+    return next((str(folder) for _, folder in reversed(checkpoints(output_dir)) if is_whole(folder)), None)
 
 
 def first_line(error: BaseException) -> str:

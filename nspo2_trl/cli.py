@@ -123,11 +123,11 @@ def env(argv: list[str]) -> None:
         print(f"  {name:<14} {found:<14} {wanted}{note}")
     print("\nDevices")
     print(f"  CPU            {os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
-    for i in range(torch.cuda.device_count()):
+    gpus = torch.cuda.device_count()
+    for i in range(gpus):
         gpu = torch.cuda.get_device_properties(i)
         print(f"  GPU {i}          {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}")
     print(f"  CUDA           {torch.version.cuda or 'not in this build of torch'}")
-    gpus = torch.cuda.device_count()
     installed = {name: importlib.util.find_spec(name) is not None for name in ("deepspeed", "bitsandbytes")}
     bf16 = torch.cuda.is_bf16_supported() if gpus else None
     lines = {

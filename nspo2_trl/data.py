@@ -121,8 +121,8 @@ def rename_columns(dataset: Dataset | IterableDataset, script_args: NSPO2ScriptA
     return dataset.rename_columns({f"{name} ": target for name, target in moved.items()})
 
 
-def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> None:
-    """Refuse a dataset that DPO cannot learn from, before a model is loaded.
+def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> dict:
+    """The first row; a dataset that DPO cannot learn from is refused, before a model is loaded.
 
     Raises:
         ValueError: it is empty, or has no `chosen` and `rejected`.
@@ -137,6 +137,7 @@ def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dat
             "`chosen` and `rejected`, and perhaps `prompt`; where they are called otherwise, rename them, or with "
             "`nspo2 train` set `chosen_column`, `rejected_column`, `prompt_column`."
         )
+    return first
 
 
 def check_rows(dataset: Dataset | IterableDataset, name: str, progress: bool = False) -> None:
@@ -145,12 +146,12 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, progress: bool = F
     Raises:
         ValueError: a text is missing or empty, or text and messages are mixed; the message has the row's number.
     """
-    check_preferences(dataset, name)
-    columns = [column for column in ("prompt", "chosen", "rejected") if column in next(iter(dataset))]
+    first = check_preferences(dataset, name)
+    columns = [column for column in ("prompt", "chosen", "rejected") if column in first]
     if "chosen" not in columns:  # tokenized already
         return
     if isinstance(dataset, IterableDataset):
-        batches = [{column: [value] for column, value in next(iter(dataset)).items()}]
+        batches = [{column: [value] for column, value in first.items()}]
     else:
         batches = dataset.select_columns(columns).iter(ROWS_AT_ONCE)
         batches = tqdm(

@@ -12,7 +12,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-STATE = "trainer_state.json"
+from .checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, checkpoints
+
 SPECTRA = 5  # checkpoints whose spectrum is read, at most
 PLAIN = ("nspo2/step_time", "nspo2/batch_size")  # logged without NSPO2 too
 
@@ -103,11 +104,13 @@ def read(path: Path, name: str, index: int = 0) -> Run:
         step, key = bad[0]
         run.notes.append(f"NaN or infinite and left out: {len(bad)} logged values, the first {key} at step {step:g}.")
     _add_times(run)
-    inside = file.parent.name.startswith("checkpoint-")
+    inside = file.parent.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
     found = checkpoints(file.parent.parent if inside else file.parent)
-    _add_spectra(run, [folder for step, folder in found if step <= run.steps])
+    _add_spectra(run, [(step, folder / NSPO2_STATE_NAME) for step, folder in found if step <= run.steps])
     if found and found[-1][0] > run.steps and not inside:
-        run.notes.append(f"{found[-1][1].name} goes further than the log drawn here: give its {STATE} to see it.")
+        run.notes.append(
+            f"{found[-1][1].name} goes further than the log drawn here: give its {TRAINER_STATE_NAME} to see it."
+        )
     return run
 
 
@@ -117,19 +120,16 @@ def _state_file(path: Path) -> Path:
         raise FileNotFoundError(f"there is no {str(path)!r}: give the output_dir of a run.")
     if path.is_file():
         return path
-    for file in (path / STATE, *(folder / STATE for _, folder in reversed(checkpoints(path)))):
+    for file in (
+        path / TRAINER_STATE_NAME,
+        *(folder / TRAINER_STATE_NAME for _, folder in reversed(checkpoints(path))),
+    ):
         if file.is_file():
             return file
     raise FileNotFoundError(
-        f"{str(path)!r} has no {STATE}: either the run has not saved a checkpoint yet (`save_steps`), or this is not "
-        "its output_dir."
+        f"{str(path)!r} has no {TRAINER_STATE_NAME}: either the run has not saved a checkpoint yet (`save_steps`), "
+        "or this is not its output_dir."
     )
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of a run's checkpoints, in their order."""
-    numbers = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
-    return sorted((int(step), path) for step, path in numbers if step.isdecimal())
 
 
 def _add_times(run: Run) -> None:
@@ -148,22 +148,22 @@ def _add_times(run: Run) -> None:
         run.clock = []
 
 
-def _add_spectra(run: Run, folders: list[Path]) -> None:
+def _add_spectra(run: Run, states: list[tuple[int, Path]]) -> None:
     if not any(key.startswith("nspo2/") and key not in PLAIN for entry in run.train for key in entry):
         run.notes.append("nothing of NSPO2 is in its log: it was plain DPO.")
         return
-    files = [folder / "nspo2_state.pt" for folder in folders if (folder / "nspo2_state.pt").is_file()]
-    if not files:
-        run.notes.append("it has no checkpoint with an nspo2_state.pt, so it is not in the plot of eigenvalues.")
-    picked = {files[round(i * (len(files) - 1) / (SPECTRA - 1))]: None for i in range(SPECTRA if files else 0)}
-    for file in picked:
+    found = [(step, file) for step, file in states if file.is_file()]
+    if not found:
+        run.notes.append(f"it has no checkpoint with an {NSPO2_STATE_NAME}, so it is not in the plot of eigenvalues.")
+    picked = {round(i * (len(found) - 1) / (SPECTRA - 1)): None for i in range(SPECTRA if found else 0)}
+    for step, file in (found[i] for i in picked):
         try:
             shares = spectrum(file)
         except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError):
             run.notes.append(f"{file.parent.name}/{file.name} could not be read, so its eigenvalues are not drawn.")
             continue
         if any(math.isfinite(share) for share in shares):
-            run.spectra.append((int(file.parent.name.removeprefix("checkpoint-")), shares))
+            run.spectra.append((step, shares))
 
 
 def spectrum(file: Path) -> list[float]:

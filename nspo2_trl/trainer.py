@@ -27,7 +27,7 @@ from .adapters import lora_blocks
 from .block_groups import BlockGroups, any_bad, entries
 from .blocks import params_outside
 from .card import add_to_card
-from .checkpoints import first_line, half_saved, last_checkpoint
+from .checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, first_line, half_saved, last_checkpoint
 from .config import NSPO2Config
 from .data import check_preferences
 from .deepspeed import unwrap_step, whole_params, wrap_step
@@ -43,8 +43,6 @@ else:
     _BaseTrainer = object  # the mixin has no base of its own, so that it can go before any trainer
 
 logger = logging.getLogger(__name__)
-
-NSPO2_STATE_NAME = "nspo2_state.pt"
 
 
 class _StepCallback(TrainerCallback):
@@ -116,6 +114,8 @@ class NSPO2Mixin(_BaseTrainer):
             )
         self._nspo2_check(given)
         super().__init__(**given)
+        if self.args.nspo2_enabled:
+            refuse_unsupported(self.accelerator)
         self._nspo2_setup()
 
     if not TYPE_CHECKING:  # type checkers shall see the arguments of the trainer itself
@@ -133,7 +133,6 @@ class NSPO2Mixin(_BaseTrainer):
         self.add_callback(self.nspo2_step_timer)
         if not self.args.nspo2_enabled:
             return
-        refuse_unsupported(self.accelerator)
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self._nspo2_start()
         self.add_callback(_StepCallback(self))
@@ -217,7 +216,7 @@ class NSPO2Mixin(_BaseTrainer):
             add_to_card(os.path.join(str(self.args.output_dir), "README.md"), self)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with half_saved(folder, writer=self.args.should_save):
             super()._save_checkpoint(model, trial)
 
@@ -229,6 +228,10 @@ class NSPO2Mixin(_BaseTrainer):
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, NSPO2_STATE_NAME))
 
+    def _nspo2_any_rank(self, failed: bool) -> bool:
+        """Whether it failed on any process; all have to ask."""
+        return self.accelerator.reduce(torch.tensor(float(failed), device=self.accelerator.device)).item() > 0
+
     def _save_rng_state(self, output_dir: str) -> None:
         """The last thing that every process writes: all have to know whether one could not."""
         error = None
@@ -236,10 +239,10 @@ class NSPO2Mixin(_BaseTrainer):
             super()._save_rng_state(output_dir)
         except (OSError, RuntimeError) as failure:
             error = failure
-        failed = self.accelerator.reduce(torch.tensor(float(error is not None), device=self.accelerator.device))
+        failed = self._nspo2_any_rank(error is not None)
         if error is not None:
             raise error
-        if failed > 0:
+        if failed:
             raise OSError("another process could not write its part")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -254,8 +257,7 @@ class NSPO2Mixin(_BaseTrainer):
         except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, UnpicklingError) as error:
             reason = "it is not there" if isinstance(error, FileNotFoundError) else first_line(error)
         # all ranks must go on from the same state
-        failed = self.nspo2.total(torch.tensor(float(reason is not None), device=self.accelerator.device))
-        if failed > 0:
+        if self._nspo2_any_rank(reason is not None):
             self._nspo2_start()
             logger.warning(
                 "The NSPO2 state `%s` could not be used (%s): the noise estimate starts anew, the rest of the "

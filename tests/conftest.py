@@ -40,6 +40,11 @@ ARGS = {
 FAST_NSPO2 = {"nspo2_update_freq": 2, "nspo2_projection_rank": 4, "nspo2_max_rank": 8, "nspo2_min_rank": 4}
 
 
+@pytest.fixture
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
 @pytest.fixture(scope="session")
 def pairs():
     from datasets import load_dataset

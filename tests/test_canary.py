@@ -16,6 +16,8 @@ import torch
 from conftest import LORA, MODEL, ROOT
 from packaging.requirements import Requirement
 
+from nspo2_trl.checkpoints import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+
 PACKAGE = {path.name: path.read_text() for path in sorted((ROOT / "nspo2_trl").glob("*.py"))}
 LIBRARIES = ("accelerate", "datasets", "deepspeed", "peft", "safetensors", "torch", "transformers", "trl")
 
@@ -313,6 +315,11 @@ def test_one_step_of_trainer(make_trainer, monkeypatch):
         ("on_optimizer_step", True),
         ("on_step_end", False),
     ], f"Trainer of transformers {version('transformers')} steps in another order: trainer.py relies on this one"
+
+
+def test_names_in_a_checkpoint():
+    theirs = find("transformers.trainer").TRAINER_STATE_NAME, find("transformers.trainer_utils").PREFIX_CHECKPOINT_DIR
+    assert theirs == (TRAINER_STATE_NAME, PREFIX_CHECKPOINT_DIR), "checkpoints.py has other names than Trainer"
 
 
 def test_the_state_is_the_last_file_of_a_checkpoint():

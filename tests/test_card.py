@@ -51,13 +51,14 @@ def test_the_recipe_of_the_card_trains_the_same(tmp_path, monkeypatch):
 
 
 def test_card_keeps_secrets_and_takes_any_value(make_trainer):
-    trainer = make_trainer(max_steps=2, model_init_kwargs={"dtype": "float32", "token": "hf_SECRET"})
+    trainer = make_trainer(max_steps=2, pad_token="</s>", model_init_kwargs={"dtype": "float32", "token": "hf_SECRET"})
     trainer.args.learning_rate = np.float64(1e-3)
     trainer.args.model_init_kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
     trainer.train()
     trainer.create_model_card()
     text = open(f"{trainer.args.output_dir}/README.md").read()
     assert "SECRET" not in text and "learning_rate: 0.001" in text and "load_in_4bit" in text
+    assert "pad_token: </s>" in text
     assert MODEL not in text and trainer.args.output_dir not in text and "model_name_or_path: model" in text
 
 

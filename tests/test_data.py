@@ -10,10 +10,7 @@ from test_scripts import command, few_rows, logged, refused
 
 from nspo2_trl import NSPO2DPOTrainer, train
 
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
 def write(path, rows) -> str:

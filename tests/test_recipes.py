@@ -45,14 +45,10 @@ MODELS = {
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
 
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 each_recipe = pytest.mark.parametrize(
     "path", [str(path.relative_to(ROOT)) for path in RECIPES], ids=lambda path: path.split("/", 1)[1][:-5]
 )
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 # ---- every recipe ----

@@ -17,11 +17,7 @@ from trl import DPOTrainer
 from nspo2_trl import NSPO2DPOTrainer, train
 
 RECIPE = str(ROOT / "recipes/quickstart/dpo.yaml")
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
 @functools.cache

@@ -19,17 +19,17 @@ CONTROLS = ("random", "norm-matched", "beta1-0.95", "batch-x1.31", "batch-x1.5")
 STYLES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2)), (0, (1, 3)), (0, (8, 3)))
 
 
+def colour(method: str) -> str:
+    """By kind of method."""
+    if method == "plain":
+        return PLAIN
+    return CONTROL if method in CONTROLS else PEER if "optimizer" in METHODS[method] else OURS
+
+
 def look(method: str) -> dict:
     """Colour by kind of method, dashes within the kind."""
-    if method == "plain":
-        return {"color": PLAIN, "linestyle": "-"}
-    kind = CONTROL if method in CONTROLS else PEER if "optimizer" in METHODS[method] else OURS
-    same = [
-        name
-        for name, settings in METHODS.items()
-        if name != "plain" and kind == (CONTROL if name in CONTROLS else PEER if "optimizer" in settings else OURS)
-    ]
-    return {"color": kind, "linestyle": STYLES[same.index(method) % len(STYLES)]}
+    same = [name for name in METHODS if colour(name) == colour(method)]
+    return {"color": colour(method), "linestyle": STYLES[same.index(method) % len(STYLES)]}
 
 
 def draw(records: list[dict], rows: list[dict], task: str, path: Path) -> None:
