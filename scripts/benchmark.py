@@ -3,9 +3,10 @@
     python scripts/benchmark.py overhead --config recipes/quickstart/dpo.yaml [--steps 120] [--any_field value]
     python scripts/benchmark.py overhead --sizes 10m 135m --lora_r 8 64 --covariance adapter factored --update_freq 10
     python scripts/benchmark.py sizes --sizes 8b --lora_r 16
+    python scripts/benchmark.py variance --help         what filters take away of noise and of signal
     python scripts/benchmark.py convergence --help      methods x rates x seeds, in parts, over hours
     python scripts/benchmark.py tables                  docs/results.md and plots from benchmarks/raw
-    python scripts/benchmark.py --smoke                 the last two, tiny
+    python scripts/benchmark.py --smoke                 the last three, tiny
 
 `overhead`: two trainers, with `nspo2_enabled` true and false, take turns step by step on the same batches: forward and
 backward passes, clipping, optimizer. With a recipe, or on randomly initialised models of the sizes of public ones. It
@@ -80,6 +81,8 @@ def main() -> None:
     command, rest = (sys.argv[1:] or [""])[0], sys.argv[2:]
     if command == "convergence":
         sys.exit(1 if convergence.run(rest) else 0)
+    if command == "variance":
+        sys.exit(1 if convergence.variance(rest) else 0)
     if command == "tables":
         return convergence.tables(rest)
     if command == "--smoke":

@@ -15,7 +15,7 @@ from conftest import ROOT
 from test_lean import NSPO2, make
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import convergence, grid, lean, methods, stats, tables
+from bench import convergence, grid, lean, methods, results, stats, studies, tables, tasks
 
 COMMON = {"study": "s", "task": "quickstart", "steps": 20, "held_out": 300, "samples": 200}
 
@@ -99,26 +99,61 @@ def test_rows_are_paired_and_each_at_its_best_rate():
     plain, keep = tables.compare(study(), "quickstart")
     assert (plain["lr"], plain["edge"], keep["lr"], keep["edge"]) == (2e-3, False, 4e-3, True)
     assert keep["apart"] == pytest.approx(-0.02) and keep["bounds"][0] >= -0.03 and keep["bounds"][1] <= -0.01
-    assert keep["frontier"][0] == pytest.approx(1.0) and keep["removed"] == 0.4 and plain["removed"] is None
+    assert keep["frontier"][0] == pytest.approx(1.0) and keep["removed"] == [0.4] * 5 and plain["removed"] == []
     assert plain["steps_0.5"] == [1.0] * 5 and keep["steps_0.5"] == [0.5] * 5
 
 
+def save(records, raw):
+    for entry in records:
+        grid.write(grid.path_of(raw, entry["cell"]), entry)
+
+
 def test_page_says_what_the_figures_say(tmp_path, capsys):
-    page = tmp_path / "results.md"
-    page.write_text(f"Before.\n{tables.MARKS[0]}\nstale figures\n{tables.MARKS[1]}\nAfter.\n")
-    made = tables.write(study(), tmp_path)
+    page, raw, overhead = tmp_path / "results.md", tmp_path / "raw", tmp_path / "overhead.json"
+    records = [entry | {"cell": entry["cell"] | {"study": "convergence"}} for entry in study()]
+    save(records, raw)
+    overhead.write_text(json.dumps({"cells": [{"ratio_of_sums": 1.03, "ratio_of_sums_interval": [1.02, 1.06]}]}))
+    page.write_text(f"Before.\n{results.MARKS[0]}\nstale figures\n{results.MARKS[1]}\nAfter.\n")
+    made = results.write(raw, overhead, tmp_path)
     text = page.read_text()
+    claims = [
+        line for line in text.splitlines() if line.startswith(("| gradient", "| steps to", "| held-out", "| time"))
+    ]
+    assert "quickstart 40.0 % [40.0, 40.0] | holds |" in claims[0] and "quickstart -" in claims[1]
+    assert claims[2].count("| holds |") == 1 and "quickstart +3.0 % [+2.0, +6.0] | unclear |" in claims[3]
     assert text.startswith("Before.") and text.endswith("After.\n") and "stale" not in text
     assert [path.name for path in made] == ["results.md", "convergence_quickstart.png"] and made[1].exists()
-    (keep, second) = [line for line in text.splitlines() if line.startswith("| `keep`")]
+    keep, second = [line for line in text.splitlines() if line.startswith("| `keep`")]
     assert "0.004 (at the edge of the grid) | 0.4000 | -0.0200 [-0.0" in keep and "| better |" in keep
     assert "+1.00 [+1.00, +1.00] | better | " in second and "| 50 % |" in second
-    assert text == (tables.write(study(), tmp_path), page.read_text())[1]  # the same files, the same page
+    assert text == (results.write(raw, overhead, tmp_path), page.read_text())[1]  # the same files, the same page
+    assert "Under other conditions" not in text
+    save([entry | {"cell": entry["cell"] | {"study": "labels-30"}} for entry in study()], raw)
+    results.write(raw, overhead, tmp_path)
+    assert "| `labels-30` | quickstart | `keep` | 0.004 (edge) | 0.002 | 0.4000 | -0.0200 [-0.0" in page.read_text()
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="has no lines"):
-        tables.write(study(), tmp_path)
-    assert tables.write([r for r in study() if r["cell"]["method"] == "keep"], tmp_path) == []
+        results.write(raw, overhead, tmp_path)
+    save([entry for entry in records if entry["cell"]["method"] == "keep"], tmp_path / "other")
+    assert results.write(tmp_path / "other", overhead, tmp_path) == []
     assert "nothing to compare with" in capsys.readouterr().out
+
+
+def test_one_word_for_a_claim():
+    assert results.judged([(0.3, 0.4), (0.26, 0.5)], 0.25, 1) == "holds"
+    assert results.judged([(0.1, 0.2), (0.05, 0.24)], 0.25, 1) == "fails"
+    assert results.judged([(0.3, 0.4), (0.1, 0.2)], 0.25, 1) == "mixed"
+    assert results.judged([(0.2, 0.3), (0.2, 0.3)], 0.25, 1) == "unclear"
+    assert results.judged([], 0.25, 1) == results.judged([None], 0.25, 1) == "unknown"
+
+
+def test_the_committed_page_is_made_of_the_committed_files(tmp_path):
+    page = ROOT / "docs/results.md"
+    (tmp_path / "results.md").write_text(page.read_text())
+    results.write(ROOT / "benchmarks/raw", ROOT / "benchmarks" / results.OVERHEAD, tmp_path)
+    assert (tmp_path / "results.md").read_text() == page.read_text(), "run `python scripts/benchmark.py tables`"
+    total = sum(path.stat().st_size for path in (ROOT / "benchmarks").rglob("*.json"))
+    assert total < 5e6, "raw files shall stay small"
 
 
 def test_diverged_runs_are_not_hidden():
@@ -193,6 +228,32 @@ def test_phases(tmp_path, threads, monkeypatch):
     assert {c["seed"] for c in cells if c["role"] == "report"} == {0, 1, 2}
 
 
+# ---- conditions ----
+
+
+def test_conditions_of_a_study_reach_the_run(tmp_path):
+    cell = COMMON | {"method": "plain", "lr": 1e-3, "seed": 0} | studies.conditions("batch-4") | {"pairs": 64}
+    trainer = tasks.make_trainer(cell, convergence.QUICKSTART)
+    assert trainer.args.train_batch_size == 1 and len(trainer.train_dataset) == 64
+    data = lean.load_data(trainer, range(8), tmp_path)
+    turned = lean.Data(list(data.train), data.held_out, data.train_reference.clone(), data.held_out_reference)
+    tasks.turn_round(turned, 0.25)
+    other = [i for i in range(64) if turned.train[i] != data.train[i]]
+    assert len(other) == 16
+    for i, pair in enumerate(data.train):
+        answers, reference = (pair.chosen, pair.rejected), data.train_reference[:, i].tolist()
+        sign = -1 if i in other else 1
+        assert (turned.train[i].chosen, turned.train[i].rejected) == answers[::sign]
+        assert turned.train_reference[:, i].tolist() == reference[::sign]
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_every_study_can_be_made(study):
+    assert set(studies.STUDIES[study]["methods"]) <= set(methods.METHODS) == set(methods.WORDS)
+    assert studies.STUDIES[study]["methods"][0] == "plain"
+    assert studies.conditions(study).keys() <= set(studies.IN_A_CELL) and "words" in studies.STUDIES[study]
+
+
 # ---- methods ----
 
 
@@ -232,7 +293,9 @@ def test_smoke():
     folder = convergence.smoke()
     text = (folder / "docs/results.md").read_text()
     assert "| `keep` | 0.00" in text and "2 seeds" in text and (folder / "docs/convergence_quickstart.png").exists()
-    files = list((folder / "raw").rglob("*.json"))
+    assert "| `factored` | `random`, rank 8 | " in text and (folder / "docs/variance_quickstart.png").exists()
+    assert len(list((folder / "raw/variance").rglob("*.json"))) == 2
+    files = list((folder / "raw/convergence").rglob("*.json"))
     assert len(files) == 16 and max(path.stat().st_size for path in files) < 3000
     assert all(json.loads(path.read_text())["curve"]["loss"][-1] < math.log(2) for path in files)
 

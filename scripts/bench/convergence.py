@@ -1,4 +1,4 @@
-"""`benchmark.py convergence`, `tables` and `--smoke`: command lines around [`grid`] and [`tables`]."""
+"""`benchmark.py convergence`, `variance`, `tables` and `--smoke`: command lines around [`grid`] and [`results`]."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 
 from . import grid
 from .methods import METHODS
+from .studies import STUDIES, conditions
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = {"model": str(ROOT / "recipes/quickstart/model"), "data": str(ROOT / "recipes/quickstart/data")}
-STEPS = {"quickstart": 100, "stories": 150}
+STEPS = 100
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 HELP = """Methods x learning rates x paired seeds on tiny models, through a loop that is the trainer's to rounding.
 
     python scripts/benchmark.py convergence [--phase select|report|all] [--only method=keep,task=quickstart]
     python scripts/benchmark.py convergence --stories_model DIR --stories_data DIR     the second task too
+    python scripts/benchmark.py convergence --study small-data                         under other conditions
     python scripts/benchmark.py tables                                                 docs/results.md, plots
     python scripts/benchmark.py --smoke                                                all of it, tiny, minutes
 
@@ -30,29 +32,41 @@ def parser() -> argparse.ArgumentParser:
         "benchmark.py convergence", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--phase", choices=["select", "report", "all"], default="all")
-    found.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="all of the study's")
     found.add_argument("--rates", nargs="+", type=float, default=RATES)
     found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
     found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
     found.add_argument("--report_seeds", type=int, default=grid.REPORT, help="how many, from 0 on")
-    found.add_argument("--steps", type=int, help="of a run; 100 on the quick start and 150 on stories if left out")
+    found.add_argument("--steps", type=int, default=STEPS, help="of a run, where the study has no more")
     found.add_argument("--held_out", type=int, default=300, help="pairs of every evaluation")
     found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")
+    found.add_argument("--only", default="", help="key=value,…: only these cells (task, method, lr, seed, role)")
+    found.add_argument("--study", choices=list(STUDIES), default="convergence")
+    return _common(found)
+
+
+def _common(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
     found.add_argument("--stories_model", help="folder of a model for the task `stories`")
     found.add_argument("--stories_data", help="folder with train and test split of pairs for the task `stories`")
-    found.add_argument("--only", default="", help="key=value,…: only these cells (task, method, lr, seed, role)")
     found.add_argument("--workers", type=int, default=2)
-    found.add_argument("--study", default="convergence")
     found.add_argument("--raw", type=Path, default=ROOT / "benchmarks/raw")
     return found
+
+
+def _folders(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    folders = {"quickstart": QUICKSTART}
+    if options.stories_model and options.stories_data:
+        folders["stories"] = {"model": options.stories_model, "data": options.stories_data}
+    return folders
 
 
 def run(argv: list[str]) -> int:
     """Run what is missing; returns how many cells failed."""
     options = parser().parse_args(argv)
-    folders, failed = {"quickstart": QUICKSTART}, 0
-    if options.stories_model and options.stories_data:
-        folders["stories"] = {"model": options.stories_model, "data": options.stories_data}
+    study = STUDIES[options.study]
+    methods = options.methods or study["methods"]
+    steps = round(options.steps * study.get("longer", 1))
+    folders, failed = _folders(options), 0
     only: dict[str, list[str]] = {}
     for part in filter(None, options.only.split(",")):
         key, _, value = part.partition("=")
@@ -65,37 +79,59 @@ def run(argv: list[str]) -> int:
             failed += grid.run_cells(options.raw, cells, folders, options.workers, label)
 
     for task in folders:
-        common = {"study": options.study, "task": task, "steps": options.steps or STEPS[task]}
-        common |= {"held_out": options.held_out, "samples": options.samples}
+        common = {"study": options.study, "task": task, "steps": steps}
+        common |= {"held_out": options.held_out, "samples": options.samples} | conditions(options.study)
         if options.phase != "report":
-            go(grid.select_cells(common, options.methods, options.rates, options.select_seeds), f"{task}, rates")
+            go(grid.select_cells(common, methods, options.rates, options.select_seeds), f"{task}, rates")
         for _ in range(options.extend if options.phase != "report" else 0):
             records, more = grid.read(options.raw, options.study), []
-            for method in options.methods:
+            for method in methods:
                 losses = grid.losses_by_rate(records, task, method)
                 rates = grid.beyond(losses) if losses else []
                 more += grid.select_cells(common, [method], rates, options.select_seeds)
             go(more, f"{task}, rates beyond the edge")
         if options.phase != "select":
             chosen = {key: values for key, values in only.items() if key in ("task", "method")}
-            cells = grid.select_cells(common, options.methods, options.rates, options.select_seeds)
+            cells = grid.select_cells(common, methods, options.rates, options.select_seeds)
             left = grid.missing(options.raw, [cell for cell in cells if grid.wanted(cell, chosen)])
             if left:
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
             records = grid.read(options.raw, options.study)
-            go(grid.report_cells(common, records, options.methods, options.report_seeds), f"{task}, reported runs")
+            frontier = options.study == "convergence"
+            cells = grid.report_cells(common, records, methods, options.report_seeds, frontier)
+            go(cells, f"{task}, reported runs")
+    return failed
+
+
+def variance(argv: list[str]) -> int:
+    """Run what is missing of the study `variance`; returns how many cells failed."""
+    from .variance import run_cell
+
+    found = argparse.ArgumentParser("benchmark.py variance", description="What filters do at frozen parameters.")
+    found.add_argument("--runs", type=int, default=10, help="plain runs, with the seeds 0, 1, …")
+    found.add_argument("--rate", type=float, default=2e-3, help="learning rate of these runs")
+    found.add_argument("--steps", type=int, default=STEPS)
+    found.add_argument("--fit", type=int, default=128, help="micro-batches of 4 pairs that a filter is made from")
+    found.add_argument("--fresh", type=int, default=512, help="others, that it is scored on")
+    options = _common(found).parse_args(argv)
+    same = {"study": "variance", "method": "plain", "lr": options.rate, "steps": options.steps, "role": "report"}
+    same |= {"fit": options.fit, "fresh": options.fresh}
+    failed, folders = 0, _folders(options)
+    for task in folders:
+        cells = [same | {"task": task, "seed": seed} for seed in range(options.runs)]
+        failed += grid.run_cells(options.raw, cells, folders, options.workers, f"{task}, variance", run_cell)
     return failed
 
 
 def tables(argv: list[str]) -> None:
-    from . import tables  # SciPy and Matplotlib are the extra `bench`
+    from . import results  # SciPy and Matplotlib are the extra `bench`
 
     found = argparse.ArgumentParser("benchmark.py tables", description="Tables and plots from the raw files alone.")
-    found.add_argument("--study", default="convergence")
     found.add_argument("--raw", type=Path, default=ROOT / "benchmarks/raw")
+    found.add_argument("--overhead", type=Path, default=ROOT / f"benchmarks/{results.OVERHEAD}")
     found.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md and the plots go")
     options = found.parse_args(argv)
-    for path in tables.write(grid.read(options.raw, options.study), options.docs):
+    for path in results.write(options.raw, options.overhead, options.docs):
         print(path)
 
 
@@ -105,6 +141,8 @@ def smoke() -> Path:
     small = "--methods plain keep --rates 1e-3 2e-3 --select_seeds 100 101 --report_seeds 2 --extend 0"
     small += " --steps 20 --held_out 50 --samples 20"
     if run([*small.split(), "--raw", str(folder / "raw")]):
+        raise SystemExit("error: cells failed, see above.")
+    if variance([*"--runs 2 --steps 20 --fit 16 --fresh 32 --raw".split(), str(folder / "raw")]):
         raise SystemExit("error: cells failed, see above.")
     tables(["--raw", str(folder / "raw"), "--docs", str(folder / "docs")])
     return folder

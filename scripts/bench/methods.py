@@ -10,6 +10,8 @@ from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimiz
 
 from nspo2_trl import NSPO2DPOTrainer
 
+from . import ideas
+
 KEEP = {"nspo2_strategy": "keep", "nspo2_projection_rank": 16, "nspo2_covariance": "adapter"}
 FACTORED = {"nspo2_covariance": "factored", "nspo2_projection_rank": 4, "nspo2_max_rank": 8}
 # `change` and `optimizer` name functions below; everything else are options of the trainer. A step has 16 pairs in 4
@@ -28,9 +30,25 @@ METHODS = {
     "batch-x1.31": {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 3},
     "batch-x1.5": {"gradient_accumulation_steps": 6},
     "lora-plus": {"optimizer": "lora_plus"},
+    "keep-lora-plus": KEEP | {"optimizer": "lora_plus"},
     "riemannian": {"optimizer": "riemannian"},
     "schedule-free": {"optimizer": "schedule_free"},
 }
+WIDE = KEEP | {"nspo2_strategy": "noise", "nspo2_trust_radius": 1.0, "nspo2_target_bias": 1.0}
+IDEAS = {  # tried, see docs/log.md; `change` names functions of ideas.py
+    "noise-wide": WIDE,
+    "keep-first-moment": KEEP | {"change": "first_moment"},
+    "noise-first-moment": WIDE | {"change": "first_moment"},
+    "soft-gain": WIDE | {"change": "soft_gain"},
+    "keep-cos2": KEEP | {"change": "cosine_shrinkage"},
+    "keep-all": KEEP | {"nspo2_min_rank": 16},
+    "keep-rank-4": KEEP | {"nspo2_projection_rank": 4},
+    "keep-rank-32": KEEP | {"nspo2_projection_rank": 32, "nspo2_max_rank": 64},
+    "keep-0.9": KEEP | {"nspo2_cov_momentum": 0.9},
+    "keep-0.99": KEEP | {"nspo2_cov_momentum": 0.99},
+    "agreement": KEEP | {"nspo2_strength": 0.0, "change": "agreement"},
+}
+METHODS |= IDEAS
 OURS = ("change", "optimizer")
 WORDS = {
     "plain": "AdamW, TRL's DPOTrainer",
@@ -46,8 +64,20 @@ WORDS = {
     "batch-x1.31": "AdamW, 21 pairs a step instead of 16 (as much less noise as removing 24 % of it)",
     "batch-x1.5": "AdamW, 24 pairs a step instead of 16 (as much less noise as removing 33 % of it)",
     "lora-plus": "PEFT's LoRA+, B learns 16 times as fast as A",
+    "keep-lora-plus": "LoRA+ on gradients filtered as by `keep`",
     "riemannian": "PEFT's Riemannian preconditioning of AdamW",
     "schedule-free": "schedule-free AdamW (package schedulefree): warm-up, then a constant rate",
+    "noise-wide": "`noise` with bounds so wide that the rank asked for is removed",
+    "keep-first-moment": "`keep`, but Adam's second moment sees the gradient before the filter",
+    "noise-first-moment": "`noise-wide`, but Adam's second moment sees the gradient before the filter",
+    "soft-gain": "`noise-wide`, each direction passes Hμ²/(Hμ² + σ²) with H the steps left",
+    "keep-cos2": "`keep`, of each direction only its expected squared cosine with a true one is taken",
+    "keep-all": "`keep` of 16 directions, significant or not",
+    "keep-rank-4": "`keep`, rank 4",
+    "keep-rank-32": "`keep`, rank 32",
+    "keep-0.9": "`keep`, noise and mean remembered with momentum 0.9 instead of 0.97",
+    "keep-0.99": "`keep`, noise and mean remembered with momentum 0.99 instead of 0.97",
+    "agreement": "no filter; micro-batches count less the farther out they lie in the noise directions",
 }
 
 
@@ -59,8 +89,8 @@ def options_of(method: str) -> dict:
 
 def preparation(method: str) -> Callable[[NSPO2DPOTrainer], Callable | None] | None:
     """What [`lean.train`] is to do once optimizer and schedule are there."""
-    settings = METHODS[method]
-    return next((globals()[settings[name]] for name in OURS if name in settings), None)
+    settings, known = METHODS[method], vars(ideas) | globals()
+    return next((known[settings[name]] for name in OURS if name in settings), None)
 
 
 def _replace(trainer: NSPO2DPOTrainer, optimizer: torch.optim.Optimizer) -> None:

@@ -21,6 +21,8 @@ from nspo2_trl.samples import SampleCollector
 from nspo2_trl.sharding import Shards
 from nspo2_trl.timing import Stopwatch
 
+from .stats import ratio_of_sums
+
 ROOT = Path(__file__).parents[2]
 WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: 135m as SmolLM2-135M, 0.5b as Qwen2.5-0.5B, 1b as
@@ -165,6 +167,7 @@ def measure(make, steps: int, label: str) -> dict:
         own = parts.take(steps)
     ratios = [a / b for a, b in zip(times[True], times[False])]
     low, middle, high = statistics.quantiles(ratios, n=4)
+    whole, bounds = ratio_of_sums(times[True], times[False])
     samples = sum(buffer.nbytes for buffer in ours.nspo2_samples.buffers)
     return {
         "processes": ours.accelerator.num_processes,
@@ -172,6 +175,8 @@ def measure(make, steps: int, label: str) -> dict:
         "nspo2_ms": 1000 * statistics.median(times[True]),
         "ratio": middle,
         "ratio_quartiles": [low, high],
+        "ratio_of_sums": whole,
+        "ratio_of_sums_interval": bounds,
         "parts_ms": own,
         "state_mib": ours.nspo2.state_bytes / 2**20,
         "samples_mib": samples / 2**20,

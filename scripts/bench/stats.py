@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -26,6 +26,29 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
         return float(values[0]), float(values[0])
     found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, rng=np.random.default_rng(0), method="BCa")
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def of_sums(statistic: Callable, *figures: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """`statistic` of the sums of `figures`, and its 95 % bootstrap interval (percentile), all resampled together.
+
+    The interval is None for fewer than 3 of each, and where one is not finite.
+    """
+    values = [np.asarray(figure, dtype=float) for figure in figures]
+    found = float(statistic(*(value.sum() for value in values)))
+    if len(values[0]) < 3 or not np.isfinite(values).all():
+        return found, None
+
+    def resampled(*values, axis):
+        return statistic(*(value.sum(axis) for value in values))
+
+    how = {"paired": True, "method": "percentile", "n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}
+    bounds = bootstrap(values, resampled, **how).confidence_interval
+    return found, (float(bounds.low), float(bounds.high))
+
+
+def ratio_of_sums(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Σ parts / Σ wholes, and its interval as [`of_sums`] gives it."""
+    return of_sums(np.divide, parts, wholes)
 
 
 def verdict(bounds: tuple[float, float] | None, more_is_better: bool = False) -> str:
@@ -52,9 +75,9 @@ def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> fl
 def step_shares(own: dict, plain: dict, at: float) -> float | None:
     """Steps of a run to the loss that plain had at share `at` of its run, as a share of plain's steps to it."""
     steps, losses = plain["step"], plain["loss"]
-    target = losses[min(range(len(steps)), key=lambda i: abs(steps[i] - at * steps[-1]))]
-    if target is None:
+    if None in losses:
         return None
+    target = float(np.interp(at * steps[-1], [0, *steps], [START, *losses]))
     needed = crossing(own["step"], own["loss"], target)
     return None if needed is None else needed / crossing(steps, losses, target)
 

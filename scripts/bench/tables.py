@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from .grid import best_rate, final_loss, losses_by_rate
-from .methods import METHODS, WORDS
+from .methods import METHODS
 from .stats import gold_at_equal_kl, interval, step_shares, verdict
-
-MARKS = "<!-- made by scripts/benchmark.py tables -->", "<!-- end of what it made -->"
-
 
 # ---- what is compared ----
 
@@ -49,7 +45,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
         mine, theirs = [own[seed] for seed in seeds], [plain[seed] for seed in seeds]
         losses = np.array([final_loss(run) for run in mine])
         apart = losses - np.array([final_loss(run) for run in theirs])
-        row = {"method": name, "lr": best[name][0], "edge": best[name][1], "seeds": len(seeds)}
+        row = {"method": name, "lr": best[name][0], "edge": best[name][1], "seeds": len(seeds), "losses": losses}
         row |= {
             "frontier": None,
             "loss": losses.mean(),
@@ -72,8 +68,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
         for at in (0.25, 0.5, 1.0):
             shares = [step_shares(a["curve"], b["curve"], at) for a, b in zip(mine, theirs)]
             row[f"steps_{at:g}"] = [share for share in shares if share is not None]
-        removed = [run["nspo2"]["variance_reduction"] for run in mine if "variance_reduction" in run["nspo2"]]
-        row["removed"] = statistics.fmean(removed) if removed else None
+        row["removed"] = [run["nspo2"]["variance_reduction"] for run in mine if "variance_reduction" in run["nspo2"]]
         row["pairs"] = mine[0]["pairs_a_step"]
         row["ms"] = statistics.median(run["ms_a_step"] for run in mine)
         rows.append(row)
@@ -83,7 +78,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
 # ---- Markdown ----
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
@@ -105,23 +100,23 @@ def _steps(shares: list[float], seeds: int) -> str:
 def loss_table(rows: list[dict]) -> list[str]:
     head = ["method", "learning rate", "held-out loss", "difference to plain [95 %]", "", "accuracy", "margin"]
     lines = [
-        _line([*head, "noise removed", "pairs a step", "CPU ms a step"]),
+        line([*head, "noise removed", "pairs a step", "CPU ms a step"]),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         plain = row["method"] == "plain"
         apart = "" if plain else f"{row['apart']:+.4f}{_range(row['bounds'], 4)}"
-        removed = "" if row["removed"] is None else f"{100 * row['removed']:.0f} %"
+        removed = f"{100 * statistics.fmean(row['removed']):.0f} %" if row["removed"] else ""
         figures = [f"{row['accuracy']:.3f}", f"{row['margin']:.2f}", removed, str(row["pairs"]), f"{row['ms']:.0f}"]
         word = "" if plain else verdict(row["bounds"])
-        lines.append(_line([f"`{row['method']}`", _edge(row), f"{row['loss']:.4f}", apart, word, *figures]))
+        lines.append(line([f"`{row['method']}`", _edge(row), f"{row['loss']:.4f}", apart, word, *figures]))
     return lines
 
 
 def gold_table(rows: list[dict]) -> list[str]:
     head = ["method", "gold score", "KL", "gold score less plain's at the same KL [95 %]", ""]
     head += [f"steps to plain's loss at {share} of its run" for share in ("25 %", "50 %", "100 %")]
-    lines = [_line(head), "|---|---|---|---|---|---|---|---|"]
+    lines = [line(head), "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         gain, word = "", ""
         if row["method"] != "plain":
@@ -130,7 +125,7 @@ def gold_table(rows: list[dict]) -> list[str]:
             gain = f"{row['frontier'][0]:+.2f}{_range(row['frontier'][1], 2)}"
             word = verdict(row["frontier"][1], more_is_better=True)
         shares = [_steps(row[f"steps_{at}"], row["seeds"]) for at in ("0.25", "0.5", "1")]
-        lines.append(_line([f"`{row['method']}`", f"{row['gold']:.2f}", f"{row['kl']:.1f}", gain, word, *shares]))
+        lines.append(line([f"`{row['method']}`", f"{row['gold']:.2f}", f"{row['kl']:.1f}", gain, word, *shares]))
     return lines
 
 
@@ -159,30 +154,4 @@ def section(records: list[dict], rows: list[dict], task: str, plot: str) -> list
         "",
         f"![{task}: held-out loss, paired difference to plain AdamW, gold score against KL]({plot})",
     ]
-    return [f"### {task}", "", *words, ""]
-
-
-def write(records: list[dict], docs: Path) -> list[Path]:
-    """Write `docs/results.md`, between its marks where it has them, and a plot a task; returns the paths."""
-    from .pictures import draw
-
-    docs.mkdir(parents=True, exist_ok=True)
-    lines, paths = [], []
-    for task in dict.fromkeys(record["cell"]["task"] for record in records):
-        rows = compare(records, task)
-        if not rows:
-            print(f"{task}: plain AdamW has no reported runs yet, so there is nothing to compare with.")
-            continue
-        plot = docs / f"convergence_{task}.png"
-        draw(records, rows, task, plot)
-        paths.append(plot)
-        lines += section(records, rows, task, plot.name)
-    if not paths:
-        return []
-    lines += ["The methods:", "", *(f"- `{name}`: {words}" for name, words in WORDS.items())]
-    page, made = docs / "results.md", "\n".join([MARKS[0], "", *lines, "", MARKS[1]])
-    text = page.read_text() if page.exists() else f"# Results\n\n{MARKS[0]}\n{MARKS[1]}\n"
-    if not all(mark in text for mark in MARKS):
-        raise SystemExit(f"error: {page} has no lines `{MARKS[0]}` and `{MARKS[1]}` to write between: add them.")
-    page.write_text(text[: text.index(MARKS[0])] + made + text[text.index(MARKS[1]) + len(MARKS[1]) :])
-    return [page, *paths]
+    return words

@@ -1,0 +1,124 @@
+"""Changes of the filter that were tried and are not in the package; docs/log.md has what came out.
+
+Each function prepares a trainer as [`lean.train`] wants it. They wrap the parts of a trainer's engine: `step` sees the
+samples (n, B, m, d) of a step, `head` makes the filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from nspo2_trl import NSPO2DPOTrainer
+from nspo2_trl.core import NSPO2
+from nspo2_trl.projection import ProjectionHead, coordinates
+
+DECAY = 0.97  # a step
+
+
+def first_moment(trainer: NSPO2DPOTrainer) -> Callable[[list[torch.Tensor]], None]:
+    """Adam's first moment gets the filtered gradient, the second the raw one.
+
+    The optimizer adds (1 - β₂)·filtered² to β₂·v: v is changed beforehand so that the raw square comes out.
+    """
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    beta = trainer.args.adam_beta2
+
+    @torch.no_grad()
+    def step(raw: list[torch.Tensor]) -> None:
+        for param, grad in zip(params, raw):
+            if "exp_avg_sq" in trainer.optimizer.state[param]:
+                missing = grad.square() - param.grad.square()
+                trainer.optimizer.state[param]["exp_avg_sq"].add_(missing, alpha=(1 - beta) / beta)
+        trainer.optimizer.step()
+
+    return step
+
+
+@dataclass
+class SoftHead(ProjectionHead):
+    """A filter that takes away a share (B, k) or (k,) of each direction."""
+
+    shares: torch.Tensor | float = 1.0
+
+    def restrict(self, coords: torch.Tensor) -> torch.Tensor:
+        part, shares = super().restrict(coords), self.shares
+        if isinstance(shares, torch.Tensor) and shares.ndim == 2:
+            shares = shares.view(len(shares), *[1] * (coords.ndim - 2), -1)
+        return part * shares
+
+
+def _soft(part: NSPO2, head: Callable[[], ProjectionHead], shares: Callable) -> ProjectionHead:
+    found = head()
+    return SoftHead(found.basis, found.taken, found.kept, found.gain, found.total, shares(part, found))
+
+
+def soft_gain(trainer: NSPO2DPOTrainer) -> None:
+    """Each direction passes s = Hμ²/(Hμ² + σ²), H being the steps left; μ² and σ² are pooled over adapters."""
+    pool: dict[str, torch.Tensor] = {}
+
+    def shares(part: NSPO2, head: ProjectionHead) -> torch.Tensor:
+        width = head.basis.shape[1]
+        if not pool:
+            return torch.zeros(width)
+        left = trainer.args.max_steps * (1 - part.progress)
+        snr = left * (pool["signal"] / pool["noise"].clamp_min(1e-30)).clamp_min(0)[:width]
+        return 1 / (1 + snr)
+
+    def step(part: NSPO2, inner: Callable, samples: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        if part.is_active and samples is not None:  # not every step is one to learn from
+            n, basis = len(samples), part.cov.basis[:, : part.config.projection_rank + 1]
+            inside = coordinates(samples.transpose(0, 1), basis)  # (B, n, m, k)
+            total, squares = inside.sum(1).square().sum((0, 1)), inside.square().sum((0, 1, 2))
+            new = {"signal": (total - squares) / (n * (n - 1)), "noise": (squares - total / n) / (n * (n - 1))}
+            share = DECAY ** (1 / len(trainer.nspo2.parts))
+            for name, value in new.items():
+                pool[name] = share * pool[name] + value if name in pool else value
+        return inner(samples, grad)
+
+    for part in trainer.nspo2.parts:
+        part.step = partial(step, part, part.step)
+        part.head = partial(_soft, part, part.head, shares)
+
+
+def cosine_shrinkage(trainer: NSPO2DPOTrainer) -> None:
+    """Of each direction cos² is taken away, its expected squared cosine with a true one (spiked covariance)."""
+
+    def shares(part: NSPO2, head: ProjectionHead) -> torch.Tensor:
+        cov = part.cov
+        values, dim = cov.eigenvalues, cov.dim
+        rows = torch.tensor([part.config.cov_momentum**age for age, number in cov.ages() for _ in range(number)])
+        gamma = dim * float(rows.square().sum() / rows.sum() ** 2)
+        bulk = (cov.trace - values.sum(1)).clamp_min(1e-30) / (dim - values.shape[1])
+        seen = values[:, : head.basis.shape[1]] / bulk[:, None]
+        middle = seen + 1 - gamma
+        true = (middle + (middle.square() - 4 * seen).clamp_min(0).sqrt()) / 2
+        over = (true - 1).clamp_min(1e-6)
+        return torch.where(over > gamma**0.5, (1 - gamma / over.square()) / (1 + gamma / over), 0.0).clamp_min(0)
+
+    for part in trainer.nspo2.parts:
+        part.head = partial(_soft, part, part.head, shares)
+
+
+def agreement(trainer: NSPO2DPOTrainer) -> None:
+    """Micro-batches count the less the farther out they lie in the noise directions: k/(k + Mahalanobis distance²)."""
+
+    def step(part: NSPO2, inner: Callable, samples: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        if part.is_active and samples is not None:  # not every step is one to learn from
+            cov, rank = part.cov, part.config.projection_rank
+            inside = coordinates(samples.transpose(0, 1), cov.basis[:, :rank])  # (B, n, m, k)
+            inside = inside - inside.mean(1, keepdim=True)
+            spread = inside.square().mean((0, 1, 2)).clamp_min(1e-30)
+            far = (inside.square() / spread).mean((2, 3))  # (B, n), 1 on average
+            weights = 1 / (1 + far)
+            weights = (weights / weights.mean(1, keepdim=True)).T[..., None, None]
+            mean = samples.mean(0)
+            clipped = torch.linalg.vector_norm(grad) / torch.linalg.vector_norm(mean).clamp_min(1e-30)
+            grad = grad + clipped * ((weights * samples).mean(0) - mean)
+        return inner(samples, grad)
+
+    for part in trainer.nspo2.parts:
+        part.step = partial(step, part, part.step)

@@ -1,0 +1,53 @@
+"""The studies: under which conditions the methods are compared, each with its own choice of rates."""
+
+from __future__ import annotations
+
+from .methods import IDEAS, METHODS
+
+CORE = ["plain", "keep", "noise", "hybrid", "keep-factored"]
+# `options` are the trainer's; `pairs` is how many of the training pairs are used, `label_noise` the share of them
+# whose answers change places (the same ones in every run).
+STUDIES: dict[str, dict] = {
+    "convergence": {
+        "words": "Less than one pass over the data, 16 pairs a step, linear schedule.",
+        "methods": [name for name in METHODS if name not in IDEAS],
+    },
+    "ideas": {"words": "As `convergence`, for changes of the filter.", "methods": ["plain", "keep", *IDEAS]},
+    "batch-4": {
+        "words": "4 pairs a step, as 4 micro-batches of one; twice as many steps.",
+        "methods": CORE,
+        "longer": 2,
+        "options": {"per_device_train_batch_size": 1},
+    },
+    "batch-1": {
+        "words": "One pair a step, so that the noise is estimated from successive differences; four times as many "
+        "steps.",
+        "methods": CORE,
+        "longer": 4,
+        "options": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
+    },
+    "small-data": {
+        "words": "400 pairs, seen again and again: 6 epochs in 150 steps.",
+        "methods": CORE,
+        "longer": 1.5,
+        "pairs": 400,
+    },
+    "constant-rate": {
+        "words": "A constant learning rate after the warm-up, so that the noise does not die away at the end.",
+        "methods": CORE,
+        "options": {"lr_scheduler_type": "constant_with_warmup"},
+    },
+    "labels-20": {"words": "20 % of the training labels turned round.", "methods": CORE, "label_noise": 0.2},
+    "labels-30": {"words": "30 % of the training labels turned round.", "methods": CORE, "label_noise": 0.3},
+    "long": {
+        "words": "Three times as many steps, more than one pass over the data.",
+        "methods": ["plain", "keep", "noise"],
+        "longer": 3,
+    },
+}
+IN_A_CELL = ("options", "pairs", "label_noise")
+
+
+def conditions(study: str) -> dict:
+    """What a cell of a study has beside the figures that all cells have."""
+    return {name: STUDIES[study][name] for name in IN_A_CELL if name in STUDIES[study]}

@@ -1,0 +1,142 @@
+"""What a filter does to the gradient at frozen parameters: fitted on some micro-batches, scored on others.
+
+A plain run is stopped at four points. At each, gradients of micro-batches of 4 pairs are taken: some give noise
+directions and reference, others, fresh ones, say what a filter takes away of their variance and of their mean. With
+r_i the part of fresh gradient g_i that is taken away, which is orthogonal to the rest, the trace of the covariance is
+(Σ|r_i|² - |Σr_i|²/n)/(n - 1) and the mean's square without bias (|Σr_i|² - Σ|r_i|²)/(n(n - 1)), see `signal.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from nspo2_trl import NSPO2Config, NSPO2DPOTrainer
+from nspo2_trl.adapters import lora_blocks
+from nspo2_trl.block_groups import BlockGroups
+from nspo2_trl.projection import coordinates, restrict
+from nspo2_trl.strategies import select
+
+from . import lean
+from .packed import Packed, PackedLlama
+
+PAIRS = 4  # a micro-batch
+AT_ONCE = 16  # micro-batches in one pass
+POINTS = {"start": 0.0, "early": 0.1, "middle": 0.5, "end": 1.0}
+RANKS = {"adapter": [1, 4, 16, 32, 64], "factored": [1, 2, 4, 8]}
+STRATEGIES = ("keep", "noise", "hybrid", "random")
+
+
+def snapshots(trainer: NSPO2DPOTrainer, data: lean.Data) -> dict[str, list[torch.Tensor]]:
+    """The trained parameters at each of `POINTS` of a plain run."""
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    wanted = {round(share * trainer.args.max_steps): name for name, share in POINTS.items()}
+    found, taken = {wanted[0]: [p.detach().clone() for p in params]}, 0
+
+    def prepare(trainer):
+        def step(raw):
+            nonlocal taken
+            trainer.optimizer.step()
+            taken += 1
+            if taken in wanted:
+                found[wanted[taken]] = [p.detach().clone() for p in params]
+
+        return step
+
+    lean.train(trainer, data, stride=lean.LOOKS, prepare=prepare)
+    return found
+
+
+def gradients(trainer: NSPO2DPOTrainer, data: lean.Data, rows: list[int]) -> dict[int, torch.Tensor]:
+    """By `id` of a LoRA matrix its gradient in each micro-batch of `PAIRS` of the `rows`, (n, *shape)."""
+    llama = PackedLlama(trainer.model)
+    found = {id(p): torch.zeros(len(rows) // PAIRS, *p.shape) for p in llama.factors}
+    for start in range(0, len(rows), AT_ONCE * PAIRS):
+        part = rows[start : start + AT_ONCE * PAIRS]
+        first, number = start // PAIRS, len(part) // PAIRS
+        sinks = {key: list(grads[first : first + number]) for key, grads in found.items()}
+        policy = llama.log_probs(Packed([data.train[row] for row in part], number), sinks)
+        ratios = policy - data.train_reference[:, part]
+        (-F.logsigmoid(trainer.args.beta * (ratios[0] - ratios[1])).sum() / PAIRS).backward()
+    for p in llama.factors:
+        p.grad = None
+    return found
+
+
+def stacked(groups: BlockGroups, grads: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    """For each group of equal blocks (B, n, m, d)."""
+    found = []
+    for group in groups.groups:
+        buffer = group.buffer(len(next(iter(grads.values()))))
+        for i, sample in enumerate(buffer):
+            torch._foreach_copy_(group.views_of(sample), [grads[id(place.param)][i] for place in group.places])
+        found.append(buffer.transpose(0, 1))
+    return found
+
+
+def directions(samples: torch.Tensor, number: int) -> torch.Tensor:
+    """(B, number, d) leading eigenvectors of the covariance of `samples` (B, n, m, d), zeros where it has fewer."""
+    rows = (samples - samples.mean(1, keepdim=True)).flatten(1, 2).double()
+    if rows.shape[1] > rows.shape[2]:
+        vectors = torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(-1)[..., :number].mT
+    else:
+        values, left = torch.linalg.eigh(rows @ rows.mT)
+        vectors = F.normalize(left.flip(-1)[..., :number].mT @ rows, dim=-1)
+        vectors = vectors * (values.flip(-1)[:, :number, None] > 1e-12 * values[:, -1:, None])
+    return F.pad(vectors, (0, 0, 0, number - vectors.shape[1])).to(samples)
+
+
+def moments(parts: Iterable[torch.Tensor]) -> tuple[float, float]:
+    """Trace of the covariance of one sample, and the square of the mean without bias; `parts` are (B, n, m, k)."""
+    squares = total = n = 0
+    for part in parts:
+        n = part.shape[1]
+        squares += part.double().square().sum().item()
+        total += part.double().sum(1).square().sum().item()
+    return (squares - total / n) / (n - 1), (total - squares) / (n * (n - 1))
+
+
+def measure(groups: BlockGroups, fit: dict, fresh: dict, covariance: str, generator: torch.Generator) -> dict:
+    """[noise, signal] of the fresh micro-batches, and of what each filter of one covariance takes away of both."""
+    fit_samples, samples = stacked(groups, fit), stacked(groups, fresh)
+    most = max(RANKS[covariance]) + 1  # `keep` gives one back
+    fitted, random = [], []  # coordinates of the fresh samples (B, n, m, k) and of the fitted mean, once for all
+    for own, other in zip(samples, fit_samples):
+        noise = torch.randn(len(own), own.shape[-1], min(most, own.shape[-1]), generator=generator)
+        for found, basis in ((fitted, directions(other, most)), (random, torch.linalg.qr(noise).Q.mT)):
+            found.append((coordinates(own, basis), coordinates(other.mean(1), basis)))
+    taken = {"unfiltered": moments(samples)}
+    for strategy in STRATEGIES:
+        for rank in RANKS[covariance]:
+            parts = []
+            for coords, reference in random if strategy == "random" else fitted:
+                number = torch.full((len(coords),), min(rank, coords.shape[3] - 1))
+                how = select("noise" if strategy == "random" else strategy, number, reference)
+                parts.append(restrict(coords, *how))
+            taken[f"{strategy}-{rank}"] = moments(parts)
+    return taken
+
+
+def run_cell(cell: dict, folders: dict[str, str]) -> dict:
+    """One run's figures at all points; what its file holds."""
+    from .tasks import CACHE, make_trainer, short
+
+    start, trainer = time.process_time(), make_trainer(cell, folders)
+    data = lean.load_data(trainer, range(50), CACHE)
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    points = snapshots(trainer, data)
+    generator = torch.Generator().manual_seed(cell["seed"])
+    order = torch.randperm(len(data.train), generator=generator).tolist()
+    split, end = cell["fit"] * PAIRS, (cell["fit"] + cell["fresh"]) * PAIRS
+    found = {}
+    for name, values in points.items():
+        with torch.no_grad():
+            torch._foreach_copy_(params, values)
+        fit, fresh = (gradients(trainer, data, rows) for rows in (order[:split], order[split:end]))
+        for covariance in RANKS:
+            groups = BlockGroups(lora_blocks(trainer.model), NSPO2Config(covariance=covariance))
+            found[f"{name} {covariance}"] = measure(groups, fit, fresh, covariance, generator)
+    return short({"cell": cell, "taken": found, "seconds": time.process_time() - start})
