@@ -47,6 +47,8 @@ IDEAS = {  # tried, see docs/log.md; `change` names functions of ideas.py
     "keep-0.9": KEEP | {"nspo2_cov_momentum": 0.9},
     "keep-0.99": KEEP | {"nspo2_cov_momentum": 0.99},
     "agreement": KEEP | {"nspo2_strength": 0.0, "change": "agreement"},
+    "retain": {"change": "retain"},
+    "replay": {"change": "replay"},
 }
 METHODS |= IDEAS
 OURS = ("change", "optimizer")
@@ -78,6 +80,8 @@ WORDS = {
     "keep-0.9": "`keep`, noise and mean remembered with momentum 0.9 instead of 0.97",
     "keep-0.99": "`keep`, noise and mean remembered with momentum 0.99 instead of 0.97",
     "agreement": "no filter; micro-batches count less the farther out they lie in the noise directions",
+    "retain": "AdamW, its change projected onto the null space of gradients of texts that the reference wrote",
+    "replay": "AdamW, with 0.02 times the negative log-likelihood of 4 such texts in the loss of each step",
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import pictures, variance_tables
 from .grid import read
-from .methods import WORDS
+from .methods import IDEAS, WORDS
 from .stats import interval, ratio_of_sums, verdict
 from .studies import STUDIES
 from .tables import compare, line, section
@@ -95,26 +95,35 @@ def claims(rows_of: dict[str, list[dict]], overhead: Path) -> list[str]:
 
 def other_conditions(raw: Path) -> list[str]:
     """One row a study, task and method: the difference to plain, each at its own best rate."""
-    head = ["conditions", "task", "method", "rate", "plain's rate", "held-out loss", "difference to plain [95 %]", ""]
-    lines, words = [line([*head, "noise removed", "seeds"]), "|---|---|---|---|---|---|---|---|---|---|"], []
+    head = ["conditions", "task", "method", "rate", "held-out loss", "difference to plain [95 %]", "", "noise removed"]
+    lines, words = [line([*head, "gold score", "KL", "forgotten", "seeds"]), "|---" * 12 + "|"], []
     for study in STUDIES:
-        records = read(raw, study) if study != "convergence" else []
-        shown = False
+        records, before = read(raw, study) if study != "convergence" else [], len(lines)
         for task in dict.fromkeys(record["cell"]["task"] for record in records):
-            rows = compare(records, task)
-            for row in rows[1:]:
-                shown, bounds = True, row["bounds"]
-                apart = f"{row['apart']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
-                removed = f"{100 * statistics.fmean(row['removed']):.0f} %" if row["removed"] else ""
-                rates = [
-                    f"{row['lr']:g}" + " (edge)" * row["edge"],
-                    f"{rows[0]['lr']:g}" + " (edge)" * rows[0]["edge"],
-                ]
-                start = [f"`{study}`", task, f"`{row['method']}`", *rates, f"{row['loss']:.4f}", apart]
-                lines.append(line([*start, verdict(bounds), removed, str(row["seeds"])]))
-        if shown:
+            lines += [condition_row(f"`{study}`", task, row) for row in compare(records, task)]
+        if len(lines) > before:
             words.append(f"- `{study}`: {STUDIES[study]['words']}")
-    return [*words, "", *lines, ""] if words else []
+    if not words:
+        return []
+    if any(f"`{name}`" in text for name in IDEAS for text in lines):
+        words += ["", "Methods that are only here:", "", *(f"- `{name}`: {WORDS[name]}" for name in IDEAS)]
+    words += [
+        "",
+        "KL as above; forgotten is KL the other way round: the mean, over answers that the reference wrote, of ",
+    ]
+    words[-1] += "log p of the reference - log p, in nats."
+    return [*words, "", *lines, ""]
+
+
+def condition_row(study: str, task: str, row: dict) -> str:
+    bounds, plain = row["bounds"], row["method"] == "plain"
+    apart = f"{row['apart']:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
+    figures = [f"{row['loss']:.4f}", "" if plain else apart, "" if plain else verdict(bounds)]
+    figures.append(f"{100 * statistics.fmean(row['removed']):.0f} %" if row["removed"] else "")
+    figures += [f"{row['gold']:.2f}", f"{row['kl']:.1f}"]
+    figures.append("" if np.isnan(row["forgotten"]) else f"{row['forgotten']:.1f}")
+    rate = f"{row['lr']:g}" + " (edge)" * row["edge"]
+    return line([study, task, f"`{row['method']}`", rate, *figures, str(row["seeds"])])
 
 
 def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
@@ -143,7 +152,13 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", *parts["variance"]]
     lines += ["## What it does to training", *parts["convergence"]]
-    lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
+    lines += [
+        "",
+        "The methods:",
+        "",
+        *(f"- `{name}`: {text}" for name, text in WORDS.items() if name not in IDEAS),
+        "",
+    ]
     conditions = other_conditions(raw)
     if conditions:
         lines += ["## Under other conditions", "", *conditions]

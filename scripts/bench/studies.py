@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .methods import IDEAS, METHODS
 
+KEPT = ["retain", "replay"]
 CORE = ["plain", "keep", "noise", "hybrid", "keep-factored"]
 # `options` are the trainer's; `pairs` is how many of the training pairs are used, `label_noise` the share of them
 # whose answers change places (the same ones in every run).
@@ -12,7 +13,10 @@ STUDIES: dict[str, dict] = {
         "words": "Less than one pass over the data, 16 pairs a step, linear schedule.",
         "methods": [name for name in METHODS if name not in IDEAS],
     },
-    "ideas": {"words": "As `convergence`, for changes of the filter.", "methods": ["plain", "keep", *IDEAS]},
+    "ideas": {
+        "words": "As `convergence`, for changes of the filter.",
+        "methods": ["plain", "keep", *(name for name in IDEAS if name not in KEPT)],
+    },
     "batch-4": {
         "words": "4 pairs a step, as 4 micro-batches of one; twice as many steps.",
         "methods": CORE,
@@ -39,6 +43,14 @@ STUDIES: dict[str, dict] = {
     },
     "labels-20": {"words": "20 % of the training labels turned round.", "methods": CORE, "label_noise": 0.2},
     "labels-30": {"words": "30 % of the training labels turned round.", "methods": CORE, "label_noise": 0.3},
+    **{
+        f"kept-{beta}": {
+            "words": f"What is kept, with beta {beta}; a larger beta is what a user would try first.",
+            "methods": ["plain", *KEPT],
+            "options": {"beta": beta},
+        }
+        for beta in (0.1, 0.2, 0.4)
+    },
     "long": {
         "words": "Three times as many steps, more than one pass over the data.",
         "methods": ["plain", "keep", "noise"],

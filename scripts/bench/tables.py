@@ -54,7 +54,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
         }
         for figure in ("accuracy", "margin"):
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
-        for figure in ("gold", "kl"):
+        for figure in ("gold", "kl", "forgotten"):
             row[figure] = _samples(own, seeds, figure).mean()
         common = [seed for seed in seeds if all(seed in by_seed for by_seed in around)]
         of_plain = {figure: [_samples(by_seed, common, figure) for by_seed in around] for figure in ("kl", "gold")}

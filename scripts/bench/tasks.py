@@ -1,13 +1,10 @@
-"""What is trained on, and one cell of the grid: a run from its settings to the figures it is judged by."""
+"""One cell of the grid: a run from its settings to the figures that it is judged by."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import re
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,35 +14,12 @@ from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.train import build, parse
 
 from . import lean
+from .judge import judge
 from .methods import IDEAS, options_of, preparation
-from .packed import PackedLlama, Pair
+from .packed import Pair
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "out/bench_cache"
-HAPPY = frozenset(
-    """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
-    hugged play played glad thanked thank""".split()
-)
-UNHAPPY = frozenset(
-    """sad cry cried scared bad angry mad hurt sorry upset worried afraid lost broken broke mean fell dark
-    alone""".split()
-)
-
-
-def stories_score(text: str) -> int:
-    """Number of happy words less number of unhappy words."""
-    words = re.findall("[a-z]+", text.lower())
-    return sum(word in HAPPY for word in words) - sum(word in UNHAPPY for word in words)
-
-
-def gold_score(task: str) -> Callable[[str], int]:
-    """The score that the pairs of a task were made with."""
-    if task == "stories":
-        return stories_score
-    spec = importlib.util.spec_from_file_location("quickstart_build", ROOT / "recipes/quickstart/build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.gold_score
 
 
 def make_trainer(cell: dict, folders: dict[str, str]) -> NSPO2DPOTrainer:
@@ -82,43 +56,6 @@ def turn_round(data: lean.Data, share: float) -> None:
         pair = data.train[i]
         data.train[i] = Pair(pair.prompt, pair.rejected, pair.chosen)
         data.train_reference[:, i] = data.train_reference[:, i].flip(0)
-
-
-@torch.no_grad()
-def draw(trainer: NSPO2DPOTrainer, data: lean.Data, number: int, seed: int = 0) -> list[Pair]:
-    """Continuations at temperature 1 of the first `number` held-out prompts, as the chosen answers of pairs.
-
-    They end with the model's end mark, or where the longest answer of the data ends.
-    """
-    model, tokenizer = trainer.model.eval(), trainer.processing_class
-    prompts = [pair.prompt for pair in data.held_out[:number]]
-    longest = max(len(answer) for pair in data.train + data.held_out for answer in (pair.chosen, pair.rejected))
-    width = max(len(prompt) for prompt in prompts)
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    torch.manual_seed(seed)
-    model.merge_adapter()
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": pad, "eos_token_id": end}
-    found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **how)[:, width:].tolist()
-    model.unmerge_adapter()
-    cut = [row[: row.index(end) + 1] if end in row else row for row in found]
-    return [Pair(prompt, answer, []) for prompt, answer in zip(prompts, cut)]
-
-
-def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> dict:
-    """Gold score of samples, and the KL from the reference: mean over samples of Σ log p - log p_ref, in nats."""
-    drawn, llama, score = draw(trainer, data, number), PackedLlama(trainer.model), gold_score(task)
-    ratios = (lean.log_probs(llama, drawn) - lean.log_probs(llama, drawn, adapted=False))[0]
-    texts = trainer.processing_class.batch_decode([pair.chosen for pair in drawn], skip_special_tokens=True)
-    scores = torch.tensor([float(score(text)) for text in texts])
-    end = trainer.processing_class.eos_token_id
-    return {
-        "gold": scores.mean().item(),
-        "kl": ratios.mean().item(),
-        "tokens": sum(len(pair.chosen) for pair in drawn) / len(drawn),
-        "finished": sum(pair.chosen[-1] == end for pair in drawn) / len(drawn),
-    }
 
 
 def short(value):

@@ -1,0 +1,97 @@
+"""What a trained model is judged by besides its loss: gold score of what it writes, and KL both ways."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from nspo2_trl import NSPO2DPOTrainer
+
+from . import lean
+from .packed import PackedLlama, Pair
+
+ROOT = Path(__file__).parents[2]
+HAPPY = frozenset(
+    """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
+    hugged play played glad thanked thank""".split()
+)
+UNHAPPY = frozenset(
+    """sad cry cried scared bad angry mad hurt sorry upset worried afraid lost broken broke mean fell dark
+    alone""".split()
+)
+
+
+def stories_score(text: str) -> int:
+    """Number of happy words less number of unhappy words."""
+    words = re.findall("[a-z]+", text.lower())
+    return sum(word in HAPPY for word in words) - sum(word in UNHAPPY for word in words)
+
+
+def gold_score(task: str) -> Callable[[str], int]:
+    """The score that the pairs of a task were made with."""
+    if task == "stories":
+        return stories_score
+    spec = importlib.util.spec_from_file_location("quickstart_build", ROOT / "recipes/quickstart/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.gold_score
+
+
+@contextmanager
+def merged(model: PeftModel) -> Iterator[None]:
+    """Without the products of thin matrices each token is cheaper."""
+    model.merge_adapter()
+    yield
+    model.unmerge_adapter()
+
+
+def longest_answer(pairs: list[Pair]) -> int:
+    return max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
+
+
+@torch.no_grad()
+def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, seed: int, adapted: bool) -> list[Pair]:
+    """Continuations of `prompts` at temperature 1, as the chosen answers of pairs.
+
+    They end with the model's end mark, or after `longest` tokens. Without `adapted` the reference writes them.
+    """
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    width = max(len(prompt) for prompt in prompts)
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": pad, "eos_token_id": end}
+    with merged(model) if adapted else model.disable_adapter():
+        found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **how)[:, width:].tolist()
+    cut = [row[: row.index(end) + 1] if end in row else row for row in found]
+    return [Pair(prompt, answer, []) for prompt, answer in zip(prompts, cut)]
+
+
+def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> dict:
+    """Gold score of samples, and KL between the model p and its reference q, of whole answers, in nats.
+
+    `kl` is KL(p|q), the mean of log p - log q over the model's samples. `forgotten` is KL(q|p), the mean of
+    log q - log p over the reference's: how unlikely what it used to write has become.
+    """
+    llama, score = PackedLlama(trainer.model), gold_score(task)
+    prompts = [pair.prompt for pair in data.held_out[:number]]
+    longest = longest_answer(data.train + data.held_out)
+    drawn, known = (draw(trainer, prompts, longest, seed=0, adapted=adapted) for adapted in (True, False))
+    own, old = (lean.log_probs(llama, pairs) - lean.log_probs(llama, pairs, False) for pairs in (drawn, known))
+    texts = trainer.processing_class.batch_decode([pair.chosen for pair in drawn], skip_special_tokens=True)
+    scores = torch.tensor([float(score(text)) for text in texts])
+    end = trainer.processing_class.eos_token_id
+    return {
+        "gold": scores.mean().item(),
+        "kl": own[0].mean().item(),
+        "forgotten": -old[0].mean().item(),
+        "tokens": sum(len(pair.chosen) for pair in drawn) / len(drawn),
+        "finished": sum(pair.chosen[-1] == end for pair in drawn) / len(drawn),
+    }
