@@ -96,11 +96,11 @@ def cosine_shrinkage(trainer: NSPO2DPOTrainer) -> None:
 
     def shares(part: NSPO2, head: ProjectionHead) -> torch.Tensor:
         cov = part.cov
-        values, dim = cov.eigenvalues, cov.dim
+        values = cov.eigenvalues[:, : head.basis.shape[1]]
         rows = torch.tensor([part.config.cov_momentum**age for age, number in cov.ages() for _ in range(number)])
-        gamma = dim * float(rows.square().sum() / rows.sum() ** 2)
-        bulk = (cov.trace - values.sum(1)).clamp_min(1e-30) / (dim - values.shape[1])
-        seen = values[:, : head.basis.shape[1]] / bulk[:, None]
+        gamma = cov.dim * float(rows.square().sum() / rows.sum() ** 2)
+        left = cov.trace[:, None] - values.cumsum(1) + values  # what an eigenvalue and those after it share
+        seen = values * (cov.dim - torch.arange(values.shape[1])) / left.clamp_min(1e-30)
         middle = seen + 1 - gamma
         true = (middle + (middle.square() - 4 * seen).clamp_min(0).sqrt()) / 2
         over = (true - 1).clamp_min(1e-6)

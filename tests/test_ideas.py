@@ -1,0 +1,133 @@
+"""The changes of the filter that were tried (scripts/bench/ideas.py) do what docs/log.md says of them."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from test_lean import make
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from bench import ideas, lean
+from bench.packed import Packed, PackedLlama
+
+from nspo2_trl import NSPO2, NSPO2Config
+from nspo2_trl.projection import coordinates
+
+
+def adam_trainer():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3, bias=False)
+    args = SimpleNamespace(adam_beta2=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.9), weight_decay=0)
+    return SimpleNamespace(model=model, args=args, optimizer=optimizer)
+
+
+def test_the_first_moment_is_filtered_and_the_second_is_not():
+    trainer = adam_trainer()
+    step, param = ideas.first_moment(trainer), trainer.model.weight
+    first, second = torch.zeros(3, 5), torch.zeros(3, 5)
+    for i in range(4):
+        raw = torch.randn(3, 5)
+        param.grad = raw * (0.3 if i else 1.0)  # nothing is filtered before the first basis
+        first, second = 0.8 * first + 0.2 * param.grad, 0.9 * second + 0.1 * raw.square()
+        step([raw])
+    state = trainer.optimizer.state[param]
+    assert torch.allclose(state["exp_avg"], first, atol=1e-6)
+    assert torch.allclose(state["exp_avg_sq"], second, atol=1e-6)
+
+
+def planted(scale: float, **options) -> NSPO2:
+    """An estimate of noise in 200 directions, `scale` in the second, more in the first, around 1."""
+    torch.manual_seed(0)
+    config = {"strategy": "noise", "projection_rank": 4, "trust_radius": 1.0, "target_bias": 1.0, "min_rank": 4}
+    part = NSPO2(NSPO2Config(update_freq=5, **(config | options)))
+    for _ in range(60):
+        part.step(1 + samples(scale), None)
+    return part
+
+
+def samples(scale: float) -> torch.Tensor:
+    spread = torch.ones(200)
+    spread[0], spread[1] = 1.5 * scale, scale
+    return spread * torch.randn(4, 1, 1, 200)
+
+
+@pytest.mark.parametrize("scale, low, high", [(30.0, 0.95, 1.0), (2 / 3, 0.0, 0.2)])
+def test_cosine_shrinkage_is_the_cosine_with_the_true_direction(scale, low, high):
+    part = planted(scale)
+    ideas.cosine_shrinkage(SimpleNamespace(nspo2=SimpleNamespace(parts=[part])))
+    head = part.head()
+    true = head.basis[0, :2, :2].square().sum(1)  # squared cosines with the plane of the first two entries
+    assert low <= head.shares[0, :2].min() and head.shares[0, :2].max() <= high
+    assert scale < 1 or torch.allclose(head.shares[0, :2], true, atol=0.05)
+    grad = torch.randn(1, 1, 200)
+    left = coordinates(head.apply(grad), head.basis) / coordinates(grad, head.basis)
+    assert torch.allclose(left[0, 0, :4], 1 - head.shares[0, :4], atol=1e-4)
+
+
+def test_soft_gain_passes_what_carries_signal():
+    part = planted(30.0)
+    trainer = SimpleNamespace(nspo2=SimpleNamespace(parts=[part]), args=SimpleNamespace(max_steps=100))
+    ideas.soft_gain(trainer)
+    mean = torch.zeros(200)
+    mean[1] = 60
+    for _ in range(40):
+        part.step(mean + samples(30.0), torch.ones(1, 1, 200))
+    direction = torch.nn.functional.one_hot(torch.tensor([0, 1]), 200).float()[:, None, None]
+    noise, signal = (grad.norm() ** -1 * part.head().apply(grad).norm() for grad in direction)
+    assert noise < 0.7 < signal
+    part.progress = 1.0  # nothing is left to be gained from the signal
+    assert part.head().apply(direction[1]).norm() < 0.3
+
+
+def test_agreement_weighs_down_the_micro_batch_that_stands_out():
+    part = planted(30.0, strength=1.0, projection_rank=2, min_rank=2)
+    seen = []
+    part.step = lambda samples, grad: seen.append(grad)
+    ideas.agreement(SimpleNamespace(nspo2=SimpleNamespace(parts=[part])))
+    batch = torch.zeros(4, 1, 1, 200)
+    batch[3, ..., 0] = 100
+    part.step(batch, batch.mean(0))
+    assert 0 < seen[0][0, 0, 0] < 25 * 0.7
+    part.step(torch.ones(4, 1, 1, 200), torch.ones(1, 1, 200))
+    assert torch.allclose(seen[1], torch.ones(1, 1, 200))
+
+
+def test_retain_moves_nothing_along_what_the_reference_wrote(tmp_path, monkeypatch):
+    found, directions = [], ideas.directions
+    monkeypatch.setattr(ideas, "TEXTS", 16)
+    monkeypatch.setattr(ideas, "directions", lambda *args: found.append(directions(*args)) or found[-1])
+    trainer = make(tmp_path, nspo2_enabled=False)
+    trainer.create_optimizer_and_scheduler(10)
+    step, params = ideas.retain(trainer, rank=4), PackedLlama(trainer.model).factors
+    before = [p.detach().clone() for p in params]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    for group in trainer.optimizer.param_groups:  # the schedule starts at 0
+        group["lr"] = 1e-3
+    step([])
+    groups = ideas.BlockGroups(ideas.lora_blocks(trainer.model), NSPO2Config())
+    changes = ideas.stacked(groups, {id(p): (p.detach() - b)[None] for p, b in zip(params, before)})
+    for change, basis in zip(changes, found):
+        assert (basis.norm(dim=-1) > 0.5).any() and change.norm() > 0
+        assert coordinates(change[:, 0], basis).norm() < 1e-4 * change.norm()
+
+
+def test_replay_adds_the_texts_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(ideas, "TEXTS", 4)
+    trainer = make(tmp_path, nspo2_enabled=False)
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.optimizer = torch.optim.SGD(params, lr=1.0)
+    step, llama = ideas.replay(trainer, weight=0.5), PackedLlama(trainer.model)
+    texts = ideas._reference_texts(trainer)
+    loss = -0.5 * llama.log_probs(Packed(texts))[0].mean()
+    wanted = [g if g is not None else torch.zeros_like(p) for g, p in zip(torch.autograd.grad(loss, params), params)]
+    before = [p.detach().clone() for p in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    step([])
+    for param, start, grad in zip(params, before, wanted):
+        assert torch.allclose(start - param.detach(), 1 + grad, atol=1e-3)
+    assert lean.log_probs(llama, texts, adapted=False).isfinite().all()
