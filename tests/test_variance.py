@@ -105,4 +105,7 @@ def test_scores_are_ratios_of_sums_over_runs():
     assert found["error"][0] == pytest.approx((250 / 4 + 5) / (510 / 4))
     assert found["variance"][1][0] < 260 / 510 < found["variance"][1][1] and variance_tables.is_known(found["signal"])
     assert not variance_tables.is_known((0.1, (-0.3, 0.3))) and not variance_tables.is_known((0.1, None))
-    assert variance_tables.words((0.5, (0.45, 0.56)), True) == "50 % [45, 56]"
+    scores = {"variance": (0.5, (0.45, 0.56)), "signal": (0.1, (-0.3, 0.3)), "error": (0.5, (0.4, 0.6))}
+    assert variance_tables.told("variance", scores) == "50 % [45, 56]"
+    assert variance_tables.told("signal", scores) == "not known"
+    assert variance_tables.told("error", scores) == "0.50 [0.40, 0.60]"

@@ -76,6 +76,10 @@ def load_data(trainer: NSPO2DPOTrainer, held_out: range, cache: Path) -> Data:
     """
     length = trainer.args.max_length
     held = trainer.eval_dataset.select([row for row in held_out if row < len(trainer.eval_dataset)])
+    if not len(held):
+        raise ValueError(
+            f"The test split has {len(trainer.eval_dataset)} pairs, none of them in {held_out}: add pairs."
+        )
     train, held = pairs_of(trainer.train_dataset, length), pairs_of(held, length)
     weights = hashlib.sha256()
     for key, value in trainer.model.state_dict().items():

@@ -54,9 +54,9 @@ METHODS |= IDEAS
 OURS = ("change", "optimizer")
 WORDS = {
     "plain": "AdamW, TRL's DPOTrainer",
-    "keep": "NSPO2 `keep`, rank 16 an adapter",
-    "noise": "NSPO2 `noise`, rank 16 an adapter",
-    "hybrid": "NSPO2 `hybrid`, rank 16 an adapter",
+    "keep": "NSPO2 `keep`, rank at most 16 an adapter",
+    "noise": "NSPO2 `noise`, rank at most 16 an adapter; the default bounds on the bias lower it",
+    "hybrid": "NSPO2 `hybrid`, rank at most 16 an adapter; the default bounds on the bias lower it",
     "keep-factored": "`keep`, factored covariance, rank 4 a matrix",
     "keep-update": "`keep` on the optimizer's change, not on the gradient",
     "keep-anneal": "`keep`, fading out over the first half of the run",

@@ -66,7 +66,7 @@ def draw(records: list[dict], rows: list[dict], task: str, path: Path) -> None:
     right.set(title="gold score against KL at the end", xlabel="KL from the reference, nats", ylabel="gold score")
     left.legend(fontsize=7, ncols=2, frameon=False)
     right.legend(fontsize=7, frameon=False)
-    apart = np.abs([row["apart"] for row in rows])
+    apart = np.abs([row["apart"].mean() for row in rows])
     spread = max(apart[np.isfinite(apart)]) or 0.01
     middle.set_ylim(-3 * spread, 3 * spread)
     for axes in (left, middle, right):

@@ -41,8 +41,16 @@ STUDIES: dict[str, dict] = {
         "methods": CORE,
         "options": {"lr_scheduler_type": "constant_with_warmup"},
     },
-    "labels-20": {"words": "20 % of the training labels turned round.", "methods": CORE, "label_noise": 0.2},
-    "labels-30": {"words": "30 % of the training labels turned round.", "methods": CORE, "label_noise": 0.3},
+    "labels-20": {
+        "words": "20 % of the training labels turned round, besides those that are wrong anyway.",
+        "methods": CORE,
+        "label_noise": 0.2,
+    },
+    "labels-30": {
+        "words": "30 % of the training labels turned round, besides those that are wrong anyway.",
+        "methods": CORE,
+        "label_noise": 0.3,
+    },
     **{
         f"kept-{beta}": {
             "words": f"What is kept, with beta {beta}; a larger beta is what a user would try first.",
@@ -52,7 +60,7 @@ STUDIES: dict[str, dict] = {
         for beta in (0.1, 0.2, 0.4)
     },
     "long": {
-        "words": "Three times as many steps, more than one pass over the data.",
+        "words": "Three times as many steps.",
         "methods": ["plain", "keep", "noise"],
         "longer": 3,
     },

@@ -4,6 +4,7 @@ A plain run is stopped at four points. At each, gradients of micro-batches of 4 
 directions and reference, others, fresh ones, say what a filter takes away of their variance and of their mean. With
 r_i the part of fresh gradient g_i that is taken away, which is orthogonal to the rest, the trace of the covariance is
 (Σ|r_i|² - |Σr_i|²/n)/(n - 1) and the mean's square without bias (|Σr_i|² - Σ|r_i|²)/(n(n - 1)), see `signal.py`.
+The mean is that of the population that the data are drawn from, not of the data: no pair is in two samples.
 """
 
 from __future__ import annotations
@@ -80,12 +81,8 @@ def stacked(groups: BlockGroups, grads: dict[int, torch.Tensor]) -> list[torch.T
 def directions(samples: torch.Tensor, number: int) -> torch.Tensor:
     """(B, number, d) leading eigenvectors of the covariance of `samples` (B, n, m, d), zeros where it has fewer."""
     rows = (samples - samples.mean(1, keepdim=True)).flatten(1, 2).double()
-    if rows.shape[1] > rows.shape[2]:
-        vectors = torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(-1)[..., :number].mT
-    else:
-        values, left = torch.linalg.eigh(rows @ rows.mT)
-        vectors = F.normalize(left.flip(-1)[..., :number].mT @ rows, dim=-1)
-        vectors = vectors * (values.flip(-1)[:, :number, None] > 1e-12 * values[:, -1:, None])
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    vectors = (vectors * (values > 1e-6 * values[:, :1])[..., None])[:, :number]
     return F.pad(vectors, (0, 0, 0, number - vectors.shape[1])).to(samples)
 
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .stats import of_sums, ratio_of_sums
-from .tables import line
+from .tables import line, words
 from .variance import PAIRS, POINTS, RANKS, STRATEGIES
 
 BATCH = 4  # micro-batches of a step
@@ -43,13 +43,13 @@ def is_known(score: tuple[float, tuple[float, float] | None]) -> bool:
     return score[1] is not None and score[1][1] - score[1][0] < 0.4
 
 
-def words(score: tuple[float, tuple[float, float] | None], percent: bool) -> str:
-    if score[1] is None:
-        return f"{100 * score[0]:.0f} %" if percent else f"{score[0]:.2f}"
-    low, high = score[1]
-    if percent:
-        return f"{100 * score[0]:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-    return f"{score[0]:.2f} [{low:.2f}, {high:.2f}]"
+def told(name: str, scores: dict) -> str:
+    """A score in words, or that it is not known: where the signal is lost in noise."""
+    value, bounds = scores[name]
+    if name in ("signal", "relative") and bounds is not None and not is_known(scores["signal"]):
+        return UNKNOWN
+    percent = name in ("variance", "signal")
+    return words(value, bounds, ".0f", 100, " %") if percent else words(value, bounds, ".2f")
 
 
 def section(records: list[dict], task: str, plot: str) -> list[str]:
@@ -57,7 +57,8 @@ def section(records: list[dict], task: str, plot: str) -> list[str]:
     lines = [
         f"{len(records)} runs of plain AdamW (rate {cell['lr']:g}, {cell['steps']} steps), stopped at four points. "
         f"There {cell['fit']} micro-batches of {PAIRS} pairs give directions and reference, {cell['fresh']} others "
-        "the scores; in brackets 95 % over the runs.",
+        "the scores; in brackets 95 % over the runs. The rank is taken as it is: without the test of significance and "
+        "the bounds that training has.",
         "",
         "In the middle of the run:",
         "",
@@ -68,9 +69,7 @@ def section(records: list[dict], task: str, plot: str) -> list[str]:
         for strategy in STRATEGIES:
             for rank in ranks:
                 found = pooled(records, "middle", covariance, f"{strategy}-{rank}")
-                known = is_known(found["signal"]) or len(records) < 3
-                figures = [words(found["variance"], True), words(found["signal"], True) if known else UNKNOWN]
-                figures += [words(found["relative"], False) if known else UNKNOWN, words(found["error"], False)]
+                figures = [told(name, found) for name in ("variance", "signal", "relative", "error")]
                 lines.append(line([f"`{covariance}`", f"`{strategy}`, rank {rank}", *figures]))
     lines += ["", "Over the run, variance removed / signal removed:", "", line(["filter", *POINTS])]
     lines += ["|---|" + "---|" * len(POINTS)]
@@ -78,8 +77,7 @@ def section(records: list[dict], task: str, plot: str) -> list[str]:
         figures = []
         for point in POINTS:
             found = pooled(records, point, covariance, which)
-            known = is_known(found["signal"]) or len(records) < 3
-            figures.append(f"{words(found['variance'], True)} / {words(found['signal'], True) if known else UNKNOWN}")
+            figures.append(f"{told('variance', found)} / {told('signal', found)}")
         lines.append(line([f"`{which.replace('-', '`, rank ')}, `{covariance}`", *figures]))
     scales = []
     for point in POINTS:
@@ -94,7 +92,7 @@ def section(records: list[dict], task: str, plot: str) -> list[str]:
 
 
 def draw(records: list[dict], task: str, path: Path) -> None:
-    """Variance and signal removed against the rank in the middle of the run; relative variance of `keep` over it."""
+    """Variance and signal removed against the rank in the middle of the run; error of a batch over the run."""
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
     for covariance, style in (("adapter", "-o"), ("factored", "--s")):
         ranks = RANKS[covariance]
