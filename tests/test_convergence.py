@@ -159,13 +159,13 @@ def test_page_says_what_the_figures_say(tmp_path, capsys):
     assert text.startswith("Before.") and text.endswith("After.\n") and "stale" not in text
     assert [path.name for path in made] == ["results.md", "convergence_quickstart.png"] and made[1].exists()
     keep, second = [line for line in text.splitlines() if line.startswith("| `keep`")]
-    assert "0.004 (at the edge of the grid) | 0.4000 | -0.0200 [-0.0" in keep and "| better |" in keep
-    assert "+1.00 [+1.00, +1.00] | better | " in second and "| 50 % |" in second
+    assert "0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0" in keep and "| better |" in keep
+    assert "| +1.00 [+1.00, +1.00] | " in second and "| 50 % [50, 50] |" in second
     assert text == (results.write(raw, overhead, tmp_path), page.read_text())[1]  # the same files, the same page
     assert "Under other conditions" not in text
     save([entry | {"cell": entry["cell"] | {"study": "labels-30"}} for entry in study()], raw)
     results.write(raw, overhead, tmp_path)
-    assert "| `labels-30` | quickstart | `keep` | 0.004 (edge) | 0.4000 | -0.0200 [-0.0" in page.read_text()
+    assert "| `labels-30` | quickstart | `keep` | 0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0" in page.read_text()
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="has no lines"):
         results.write(raw, overhead, tmp_path)
