@@ -165,7 +165,8 @@ def test_page_says_what_the_figures_say(tmp_path, capsys):
     assert "Under other conditions" not in text
     save([entry | {"cell": entry["cell"] | {"study": "labels-30"}} for entry in study()], raw)
     results.write(raw, overhead, tmp_path)
-    assert "| `labels-30` | quickstart | `keep` | 0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0" in page.read_text()
+    row = "| `labels-30` | quickstart | `keep` | 0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0"
+    assert row in page.read_text()
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="has no lines"):
         results.write(raw, overhead, tmp_path)
