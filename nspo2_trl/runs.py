@@ -120,10 +120,8 @@ def _state_file(path: Path) -> Path:
         raise FileNotFoundError(f"there is no {str(path)!r}: give the output_dir of a run.")
     if path.is_file():
         return path
-    for file in (
-        path / TRAINER_STATE_NAME,
-        *(folder / TRAINER_STATE_NAME for _, folder in reversed(checkpoints(path))),
-    ):
+    for folder in (path, *(folder for _, folder in reversed(checkpoints(path)))):
+        file = folder / TRAINER_STATE_NAME
         if file.is_file():
             return file
     raise FileNotFoundError(

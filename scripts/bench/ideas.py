@@ -21,7 +21,7 @@ from nspo2_trl.projection import ProjectionHead, coordinates
 from . import lean
 from .judge import draw, longest_answer
 from .packed import Packed, PackedLlama, Pair
-from .variance import directions, stacked
+from .variance import directions, sample_gradients, stacked
 
 DECAY = 0.97  # a step
 
@@ -147,13 +147,7 @@ def retain(trainer: NSPO2DPOTrainer, rank: int = 16) -> Callable[[list[torch.Ten
     The directions are the `rank` strongest of each adapter at the start, where only `lora_B` has a gradient.
     """
     llama, texts = PackedLlama(trainer.model), _reference_texts(trainer)
-    grads = {id(p): torch.zeros(len(texts), *p.shape) for p in llama.factors}
-    for start in range(0, len(texts), lean.PAIRS_AT_ONCE):
-        part = texts[start : start + lean.PAIRS_AT_ONCE]
-        sinks = {key: list(grad[start : start + len(part)]) for key, grad in grads.items()}
-        llama.log_probs(Packed(part, len(part)), sinks)[0].sum().backward()
-    for param in llama.factors:
-        param.grad = None
+    grads = sample_gradients(llama, texts, 1, lambda policy, part: policy[0].sum())
     groups = BlockGroups(lora_blocks(trainer.model), NSPO2Config())
     bases = [directions(part, rank) for part in stacked(groups, grads)]
 
