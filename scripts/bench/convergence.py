@@ -6,11 +6,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from . import grid
+from . import ROOT, grid
 from .methods import METHODS
 from .studies import STUDIES, conditions
 
-ROOT = Path(__file__).parents[2]
 QUICKSTART = {"model": str(ROOT / "recipes/quickstart/model"), "data": str(ROOT / "recipes/quickstart/data")}
 STEPS = 100
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]

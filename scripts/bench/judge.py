@@ -6,17 +6,15 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from peft import PeftModel
 
 from nspo2_trl import NSPO2DPOTrainer
 
-from . import lean
+from . import ROOT, lean
 from .packed import PackedLlama, Pair
 
-ROOT = Path(__file__).parents[2]
 HAPPY = frozenset(
     """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
     hugged play played glad thanked thank""".split()

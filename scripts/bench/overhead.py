@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import datasets
 import torch
@@ -21,9 +20,9 @@ from nspo2_trl.samples import SampleCollector
 from nspo2_trl.sharding import Shards
 from nspo2_trl.timing import Stopwatch
 
+from . import ROOT
 from .stats import ratio_of_sums
 
-ROOT = Path(__file__).parents[2]
 WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: 135m as SmolLM2-135M, 0.5b as Qwen2.5-0.5B, 1b as
 # Llama-3.2-1B, 8b as Llama-3.1-8B; 10m is none in particular

@@ -103,8 +103,9 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     for task in dict.fromkeys(record["cell"]["task"] for record in records):
         own = [record for record in records if record["cell"]["task"] == task]
         paths.append(docs / f"variance_{task}.png")
-        variance_tables.draw(own, task, paths[-1])
-        parts["variance"] += ["", f"### {task}", "", *variance_tables.section(own, task, paths[-1].name)]
+        scores = variance_tables.scores_of(own)
+        variance_tables.draw(scores, len(own), task, paths[-1])
+        parts["variance"] += ["", f"### {task}", "", *variance_tables.section(own, scores, task, paths[-1].name)]
     if not rows_of:
         return []
     lines = ["## The four claims", "", *claims(rows_of, overhead)]

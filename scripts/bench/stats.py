@@ -63,14 +63,14 @@ def p_value(differences: Sequence[float]) -> float | None:
     return float(permutation_test((values,), np.mean, **how).pvalue)
 
 
-def verdict(differences: Sequence[float], more_is_better: bool = False) -> str:
-    """What differences to plain, one a seed, show at the level of 5 %."""
+def verdict(differences: Sequence[float]) -> str:
+    """What differences of the loss to plain's, one a seed, show at the level of 5 %."""
     p = p_value(differences)
     if p is None:
         return "cannot be said"
     if p > 0.05:
         return "no difference shown"
-    return "better" if (np.mean(differences) > 0) == more_is_better else "worse"
+    return "worse" if np.mean(differences) > 0 else "better"
 
 
 def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> float | None:

@@ -13,12 +13,11 @@ import torch
 from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.train import build, parse
 
-from . import lean
+from . import ROOT, lean
 from .judge import judge
 from .methods import IDEAS, options_of, preparation
 from .packed import Pair
 
-ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "out/bench_cache"
 
 

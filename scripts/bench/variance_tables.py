@@ -38,6 +38,13 @@ def pooled(records: list[dict], point: str, covariance: str, which: str) -> dict
     return found | {"error": ratio_of_sums(wrong, [a / BATCH for a in noise])}
 
 
+def scores_of(records: list[dict]) -> dict[tuple[str, str, str], dict]:
+    """[`pooled`] for all that is shown, by point, covariance and filter."""
+    middle = [("middle", how, f"{name}-{rank}") for how in RANKS for name in STRATEGIES for rank in RANKS[how]]
+    over = [(point, how, which) for which, how in SHOWN for point in POINTS]
+    return {key: pooled(records, *key) for key in dict.fromkeys(middle + over)}
+
+
 def is_known(score: tuple[float, tuple[float, float] | None]) -> bool:
     """Whether the interval is narrow enough to mean something."""
     return score[1] is not None and score[1][1] - score[1][0] < 0.4
@@ -52,7 +59,7 @@ def told(name: str, scores: dict) -> str:
     return words(value, bounds, ".0f", 100, " %") if percent else words(value, bounds, ".2f")
 
 
-def section(records: list[dict], task: str, plot: str) -> list[str]:
+def section(records: list[dict], scores: dict, task: str, plot: str) -> list[str]:
     cell = records[0]["cell"]
     lines = [
         f"{len(records)} runs of plain AdamW (rate {cell['lr']:g}, {cell['steps']} steps), stopped at four points. "
@@ -68,7 +75,7 @@ def section(records: list[dict], task: str, plot: str) -> list[str]:
     for covariance, ranks in RANKS.items():
         for strategy in STRATEGIES:
             for rank in ranks:
-                found = pooled(records, "middle", covariance, f"{strategy}-{rank}")
+                found = scores["middle", covariance, f"{strategy}-{rank}"]
                 figures = [told(name, found) for name in ("variance", "signal", "relative", "error")]
                 lines.append(line([f"`{covariance}`", f"`{strategy}`, rank {rank}", *figures]))
     lines += ["", "Over the run, variance removed / signal removed:", "", line(["filter", *POINTS])]
@@ -76,7 +83,7 @@ def section(records: list[dict], task: str, plot: str) -> list[str]:
     for which, covariance in SHOWN:
         figures = []
         for point in POINTS:
-            found = pooled(records, point, covariance, which)
+            found = scores[point, covariance, which]
             figures.append(f"{told('variance', found)} / {told('signal', found)}")
         lines.append(line([f"`{which.replace('-', '`, rank ')}, `{covariance}`", *figures]))
     scales = []
@@ -91,23 +98,23 @@ def section(records: list[dict], task: str, plot: str) -> list[str]:
     return [*lines, f"![{task}: variance and signal removed against the rank]({plot})", ""]
 
 
-def draw(records: list[dict], task: str, path: Path) -> None:
+def draw(scores: dict, runs: int, task: str, path: Path) -> None:
     """Variance and signal removed against the rank in the middle of the run; error of a batch over the run."""
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
     for covariance, style in (("adapter", "-o"), ("factored", "--s")):
         ranks = RANKS[covariance]
         for strategy in STRATEGIES:
-            scores = [pooled(records, "middle", covariance, f"{strategy}-{rank}") for rank in ranks]
+            found = [scores["middle", covariance, f"{strategy}-{rank}"] for rank in ranks]
             look = {"color": COLOURS[strategy], "markersize": 4, "label": f"{strategy}, {covariance}"}
             for panel, name in zip(axes, ("variance", "signal")):
-                panel.plot(ranks, [score[name][0] for score in scores], style, **look)
-                if scores[0][name][1] is not None:
-                    bounds = zip(*(score[name][1] for score in scores))
+                panel.plot(ranks, [score[name][0] for score in found], style, **look)
+                if found[0][name][1] is not None:
+                    bounds = zip(*(score[name][1] for score in found))
                     panel.fill_between(ranks, *bounds, color=COLOURS[strategy], alpha=0.12, linewidth=0)
         which = "keep-16" if covariance == "adapter" else "keep-4"
         for name, mark in ((which, COLOURS["keep"]), (which.replace("keep", "noise"), COLOURS["noise"])):
-            scores = [pooled(records, point, covariance, name)["error"][0] for point in POINTS]
-            axes[2].plot(list(POINTS), scores, style, color=mark, markersize=4, label=f"{name}, {covariance}")
+            errors = [scores[point, covariance, name]["error"][0] for point in POINTS]
+            axes[2].plot(list(POINTS), errors, style, color=mark, markersize=4, label=f"{name}, {covariance}")
     for panel, title in zip(axes, ("share of the variance removed", "share of the signal removed")):
         panel.set(title=f"{title}, middle of the run", xlabel="rank", xscale="log", ylim=(-0.05, 1))
         panel.set_xticks(RANKS["adapter"], [str(rank) for rank in RANKS["adapter"]])
@@ -120,6 +127,6 @@ def draw(records: list[dict], task: str, path: Path) -> None:
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.2)
-    figure.suptitle(f"{task}: filters fitted on some micro-batches, scored on others, {len(records)} runs")
+    figure.suptitle(f"{task}: filters fitted on some micro-batches, scored on others, {runs} runs")
     figure.savefig(path, dpi=110)
     plt.close(figure)
