@@ -96,8 +96,7 @@ def run(argv: list[str]) -> int:
             if left:
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
             records = grid.read(options.raw, options.study)
-            frontier = options.study == "convergence"
-            cells = grid.report_cells(common, records, methods, options.report_seeds, frontier)
+            cells = grid.report_cells(common, records, methods, options.report_seeds)
             go(cells, f"{task}, reported runs")
     return failed
 

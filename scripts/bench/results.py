@@ -65,7 +65,7 @@ def other_conditions(raw: Path) -> list[str]:
     for study in STUDIES:
         records, before = read(raw, study) if study != "convergence" else [], len(lines)
         for task in dict.fromkeys(record["cell"]["task"] for record in records):
-            lines += [condition_row(f"`{study}`", task, row) for row in compare(records, task)]
+            lines += [condition_row(f"`{study}`", task, row) for row in compare(records, task, beside=True)]
         if len(lines) > before:
             notes.append(f"- `{study}`: {STUDIES[study]['words']}")
     if not notes:
@@ -74,7 +74,9 @@ def other_conditions(raw: Path) -> list[str]:
         notes += ["", "Methods that are only here:", "", *(f"- `{name}`: {WORDS[name]}" for name in IDEAS)]
     about = (
         "KL as above; forgotten is KL the other way round: the mean of log p of the reference - log p, over answers "
-        "that the reference wrote. Each row is a comparison: one in twenty would be better or worse by chance."
+        "that the reference wrote. Each row is a comparison: one in twenty would be better or worse by chance. Plain "
+        "AdamW stands there at half and double its rate too, compared with itself at the rate chosen: where these "
+        "differ much, so does what a method seems to gain by another choice of its rate."
     )
     return [*notes, "", about, "", *lines, ""]
 

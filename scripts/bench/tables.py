@@ -33,20 +33,27 @@ def _samples(by_seed: dict[int, dict], seeds: list[int], figure: str) -> np.ndar
     return np.array([by_seed[seed]["samples"].get(figure, math.nan) for seed in seeds])
 
 
-def compare(records: list[dict], task: str) -> list[dict]:
-    """One row of figures a method, in the order of METHODS; empty where plain AdamW is not there."""
+def compare(records: list[dict], task: str, beside: bool = False) -> list[dict]:
+    """One row of figures a method, in the order of METHODS; empty where plain AdamW is not there.
+
+    Args:
+        beside: rows also for plain AdamW at the other rates at which it was reported.
+    """
     runs, rows = reported(records, task), []
     rates = {name: losses_by_rate(records, task, name) for name in METHODS}
     best = {name: best_rate(losses) for name, losses in rates.items() if losses}
     plain = runs.get(("plain", best["plain"][0]), {}) if "plain" in best else {}
-    for name in METHODS:
-        own = runs.get((name, best[name][0]), {}) if name in best else {}
+    entries = {(name, best[name][0]): best[name][1] for name in METHODS if name in best}
+    if beside:
+        entries = {key: False for key in sorted(runs) if key[0] == "plain"} | entries
+    for (name, lr), edge in entries.items():
+        own = runs.get((name, lr), {})
         seeds = sorted(own.keys() & plain.keys())
         if not seeds:
             continue
         mine, theirs = [own[seed] for seed in seeds], [plain[seed] for seed in seeds]
         losses, others = (np.array([final_loss(run) for run in part]) for part in (mine, theirs))
-        row = {"method": name, "lr": best[name][0], "edge": best[name][1], "seeds": len(seeds)}
+        row = {"method": name, "lr": lr, "edge": edge, "seeds": len(seeds)}
         row |= {"loss": losses.mean(), "apart": losses - others, "gap": ratio_of_sums(losses - others, others)}
         for figure in ("accuracy", "margin"):
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
@@ -57,6 +64,9 @@ def compare(records: list[dict], task: str) -> list[dict]:
         for at in SHARES:
             steps = theirs[0]["curve"]["step"]
             target = float(np.interp(at * steps[-1], [0, *steps], [START, *mean]))
+            if target >= START:  # plain has learned nothing yet
+                row[at] = math.nan, None, 0
+                continue
             needed, reached = zip(*(steps_to(run["curve"], target) for run in mine))
             row[at] = *ratio_of_sums(needed, [steps_to(run["curve"], target)[0] for run in theirs]), sum(reached)
         measured = [run["nspo2"] for run in mine if "variance_reduction" in run["nspo2"] and name not in UNFILTERED]
@@ -95,7 +105,7 @@ def words(
 
 def difference(row: dict) -> list[str]:
     """Difference to plain with its interval, and what it shows."""
-    if row["method"] == "plain":
+    if not row["apart"].any():  # plain itself
         return ["", ""]
     return [words(row["apart"].mean(), interval(row["apart"])), verdict(row["apart"])]
 
