@@ -75,8 +75,8 @@ def other_conditions(raw: Path) -> list[str]:
     about = (
         "KL as above; forgotten is KL the other way round: the mean of log p of the reference - log p, over answers "
         "that the reference wrote. Each row is a comparison: one in twenty would be better or worse by chance. Plain "
-        "AdamW stands there at half and double its rate too, compared with itself at the rate chosen: where these "
-        "differ much, so does what a method seems to gain by another choice of its rate."
+        "AdamW stands there at half and double its rate too, compared with itself at the rate chosen: what "
+        "beats it only at the rate chosen for it has not won, and the table says so."
     )
     return [*notes, "", about, "", *lines, ""]
 
