@@ -115,6 +115,20 @@ def test_rows_are_paired_and_each_at_its_best_rate():
     )
 
 
+def test_what_beats_plain_only_at_the_rate_chosen_for_it_has_not_won():
+    records = study()
+    assert tables.difference(tables.compare(records, "quickstart")[1])[1] == "better"
+    for found in records:
+        cell = found["cell"]
+        if (cell["method"], cell["lr"], cell["role"]) == ("plain", 1e-3, "report"):
+            found["curve"]["loss"][-1] -= 0.015 + 0.01 * (cell["seed"] % 2)
+    rows = tables.compare(records, "quickstart", beside=True)
+    assert [(row["method"], row["lr"]) for row in rows] == [("plain", lr) for lr in (1e-3, 2e-3, 4e-3)] + [
+        ("keep", 4e-3)
+    ]
+    assert [tables.difference(row)[1] for row in rows] == ["better", "", "", "better, but not than `plain` at 0.001"]
+
+
 def test_steps_of_equal_methods_are_equal():
     """Where a method is plain, seed by another seed, no column makes it look faster or slower."""
     rng, records = np.random.default_rng(0), []
