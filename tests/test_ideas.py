@@ -82,6 +82,22 @@ def test_soft_gain_passes_what_carries_signal():
     assert part.head().apply(direction[1]).norm() < 0.3
 
 
+def test_several_references_stay_in():
+    part = planted(30.0, strategy="keep", projection_rank=8, min_rank=8)
+    ideas.several_references(SimpleNamespace(nspo2=SimpleNamespace(parts=[part])))
+    recent = []
+    for _ in range(6):
+        recent.append(1 + samples(30.0))
+        part.step(recent[-1], recent[-1].mean(0))
+    head, grad = part.head(), samples(30.0).mean(0)
+    inside = head.basis.mT @ (head.taken[..., None] * head.basis)
+    last, left = recent[-1].mean(0), head.apply(grad)
+    assert torch.allclose(head.apply(left), left, atol=1e-4)  # a projection
+    assert torch.allclose(head.apply(last) @ inside, last @ inside, atol=1e-3)  # the last step's gradient stays in
+    removed = head.restrict(torch.eye(head.basis.shape[1])[None])[0]
+    assert removed.trace().item() == pytest.approx(head.taken.sum().item() - 4, abs=1e-3)
+
+
 def test_agreement_weighs_down_the_micro_batch_that_stands_out():
     part = planted(30.0, strength=1.0, projection_rank=2, min_rank=2)
     seen = []

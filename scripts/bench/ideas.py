@@ -110,6 +110,42 @@ def cosine_shrinkage(trainer: NSPO2DPOTrainer) -> None:
         part.head = partial(_soft, part, part.head, shares)
 
 
+@dataclass
+class SpanHead(ProjectionHead):
+    """A filter that leaves in what lies in `span` (B, k, s), orthonormal columns within the directions taken."""
+
+    span: torch.Tensor | None = None
+
+    def restrict(self, coords: torch.Tensor) -> torch.Tensor:
+        taken = coords * self.taken.view(len(self.taken), *[1] * (coords.ndim - 2), -1)
+        flat = taken.flatten(1, -2)
+        return taken - (flat @ self.span @ self.span.mT).view_as(taken)
+
+
+def several_references(trainer: NSPO2DPOTrainer) -> None:
+    """`keep` gives back the span of four running means of the gradient, with momenta 0, 0.5, 0.9 and 0.99."""
+    momenta = torch.tensor([0.0, 0.5, 0.9, 0.99])
+
+    def step(part: NSPO2, inner: Callable, means: dict, samples: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        found = inner(samples, grad)
+        if samples is not None:  # after the filter, which would else leave the whole step's gradient in
+            old = means.get("now", torch.zeros(len(grad), len(momenta), grad[0].numel()))
+            means["now"] = old + (1 - momenta)[:, None] * (samples.mean(0).flatten(1)[:, None] - old)
+        return found
+
+    def head(part: NSPO2, inner: Callable, means: dict) -> ProjectionHead:
+        found = inner()
+        if "now" not in means:
+            return found
+        inside = coordinates(means["now"], found.basis) * found.taken[:, None]  # (B, 4, k)
+        span = torch.linalg.qr(inside.mT).Q * found.taken[..., None]
+        return SpanHead(found.basis, found.taken, found.kept, found.gain, found.total, span)
+
+    for part in trainer.nspo2.parts:
+        means: dict[str, torch.Tensor] = {}
+        part.step, part.head = partial(step, part, part.step, means), partial(head, part, part.head, means)
+
+
 def agreement(trainer: NSPO2DPOTrainer) -> None:
     """Micro-batches count the less the farther out they lie in the noise directions: k/(k + Mahalanobis distance²)."""
 
