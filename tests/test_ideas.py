@@ -99,7 +99,7 @@ def test_several_references_stay_in():
 
 
 def test_agreement_weighs_down_the_micro_batch_that_stands_out():
-    part = planted(30.0, strength=1.0, projection_rank=2, min_rank=2)
+    part = planted(30.0, strength=0.0, projection_rank=2, min_rank=2)
     seen = []
     part.step = lambda samples, grad: seen.append(grad)
     ideas.agreement(SimpleNamespace(nspo2=SimpleNamespace(parts=[part])))
@@ -109,6 +109,28 @@ def test_agreement_weighs_down_the_micro_batch_that_stands_out():
     assert 0 < seen[0][0, 0, 0] < 25 * 0.7
     part.step(torch.ones(4, 1, 1, 200), torch.ones(1, 1, 200))
     assert torch.allclose(seen[1], torch.ones(1, 1, 200))
+
+
+def test_balanced_orders_have_small_partial_sums():
+    vectors = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    vectors -= vectors.mean(0)
+    order = list(range(200))
+    farthest = lambda order: vectors[order].cumsum(0).norm(dim=1).max()
+    first = farthest(order)
+    for _ in range(5):
+        order = ideas.balance(vectors, order)
+    assert sorted(order) == list(range(200)) and farthest(order) < 0.5 * first
+
+
+def test_each_epoch_has_the_first_ones_micro_batches_in_another_order(tmp_path):
+    options = {"nspo2_strength": 0.0, "nspo2_update_freq": 2, "max_steps": 30, "per_device_train_batch_size": 1}
+    trainer = make(tmp_path, gradient_accumulation_steps=4, **options)
+    trainer.train_dataset = trainer.train_dataset.select(range(40))
+    data = lean.load_data(trainer, range(4), tmp_path)
+    lean.train(trainer, data, prepare=ideas.balanced_order)
+    epochs = [[rows for batch in trainer.batches[i : i + 10] for rows in batch] for i in (0, 10, 20)]
+    assert len(epochs[0]) == 40 and epochs[0] != epochs[1] != epochs[2]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
 
 
 def test_retain_moves_nothing_along_what_the_reference_wrote(tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def agreement(trainer: NSPO2DPOTrainer) -> None:
     """Micro-batches count the less the farther out they lie in the noise directions: k/(k + Mahalanobis distance²)."""
 
     def step(part: NSPO2, inner: Callable, samples: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        if part.is_active and samples is not None:  # not every step is one to learn from
+        if part.cov is not None and part.cov.solved and samples is not None:
             cov, rank = part.cov, part.config.projection_rank
             inside = coordinates(samples.transpose(0, 1), cov.basis[:, :rank])  # (B, n, m, k)
             inside = inside - inside.mean(1, keepdim=True)
@@ -165,6 +165,52 @@ def agreement(trainer: NSPO2DPOTrainer) -> None:
 
     for part in trainer.nspo2.parts:
         part.step = partial(step, part, part.step)
+
+
+def balance(vectors: torch.Tensor, order: list[int]) -> list[int]:
+    """A new order whose partial sums stay nearer to 0, from `vectors` (n, k) with mean 0 (GraB, Lu et al. 2022)."""
+    total, front, back = torch.zeros_like(vectors[0]), [], []
+    for i in order:
+        ahead = (total * vectors[i]).sum() <= 0
+        total = total + vectors[i] if ahead else total - vectors[i]
+        (front if ahead else back).append(i)
+    return front + back[::-1]
+
+
+def balanced_order(trainer: NSPO2DPOTrainer) -> Callable[[list[torch.Tensor]], None]:
+    """Micro-batches of the first epoch come again in each later one, balanced by their coordinates in K before it."""
+    parts, batches, each = trainer.nspo2.parts, trainer.batches, trainer.args.gradient_accumulation_steps
+    length = len(trainer.train_dataset) // (each * trainer.args.train_batch_size)  # steps of an epoch
+    seen: list[list[torch.Tensor | None]] = [[] for _ in parts]
+
+    def record(inner: Callable, own: list, samples: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        own.append(None if samples is None else samples.clone())
+        return inner(samples, grad)
+
+    def step(raw: list[torch.Tensor]) -> None:
+        trainer.optimizer.step()
+        done = len(seen[0])
+        if done % length or done >= len(batches):
+            return
+        columns = []
+        for part, own in zip(parts, seen):
+            like = next(samples for samples in own if samples is not None)
+            steps = [torch.zeros_like(like) if samples is None else samples for samples in own[-length:]]
+            columns.append(
+                coordinates(torch.cat(steps).transpose(0, 1), part.cov.basis[:, : part.config.projection_rank])
+                .transpose(0, 1)
+                .flatten(1)
+            )
+            own[:] = [None] * done
+        vectors = torch.cat(columns, 1)
+        vectors = (vectors - vectors.mean(0)) * (vectors != 0).any(1, keepdim=True)  # zeros: not learned from
+        micro = [rows for batch in batches[done - length : done] for rows in batch]
+        new = [micro[i] for i in balance(vectors, list(range(len(micro))))]
+        batches[done : done + length] = [new[i : i + each] for i in range(0, len(new), each)]
+
+    for part, own in zip(parts, seen):
+        part.step = partial(record, part.step, own)
+    return step
 
 
 # ---- what is kept ----

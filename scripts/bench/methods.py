@@ -48,6 +48,7 @@ IDEAS = {  # tried, see docs/log.md; `change` names functions of ideas.py
     "keep-0.99": KEEP | {"nspo2_cov_momentum": 0.99},
     "keep-references": KEEP | {"change": "several_references"},
     "agreement": KEEP | {"nspo2_strength": 0.0, "change": "agreement"},
+    "balanced-order": KEEP | {"nspo2_strength": 0.0, "change": "balanced_order"},
     "retain": {"change": "retain"},
     "replay": {"change": "replay"},
 }
@@ -82,6 +83,7 @@ WORDS = {
     "keep-0.99": "`keep`, noise and mean remembered with momentum 0.99 instead of 0.97",
     "keep-references": "`keep`, giving back the span of four running means of the gradient, momenta 0 to 0.99",
     "agreement": "no filter; micro-batches count less the farther out they lie in the noise directions",
+    "balanced-order": "no filter; micro-batches come again in an order balanced in the noise directions (GraB)",
     "retain": "AdamW, its change projected onto the null space of gradients of texts that the reference wrote",
     "replay": "AdamW, with 0.02 times the negative log-likelihood of 4 such texts in the loss of each step",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .methods import IDEAS, METHODS
 
-KEPT = ["retain", "replay"]
+KEPT, EPOCHS = ["retain", "replay"], ["balanced-order"]  # what is kept; what needs several epochs
 CORE = ["plain", "keep", "noise", "hybrid", "keep-factored"]
 # `options` are the trainer's; `pairs` is how many of the training pairs are used, `label_noise` the share of them
 # whose answers change places (the same ones in every run).
@@ -15,7 +15,7 @@ STUDIES: dict[str, dict] = {
     },
     "ideas": {
         "words": "As `convergence`, for changes of the filter.",
-        "methods": ["plain", "keep", *(name for name in IDEAS if name not in KEPT)],
+        "methods": ["plain", "keep", *(name for name in IDEAS if name not in KEPT + EPOCHS)],
     },
     "batch-4": {
         "words": "4 pairs a step, as 4 micro-batches of one; twice as many steps.",
@@ -32,7 +32,7 @@ STUDIES: dict[str, dict] = {
     },
     "small-data": {
         "words": "400 pairs, seen again and again: 6 epochs in 150 steps.",
-        "methods": CORE,
+        "methods": CORE + EPOCHS,
         "longer": 1.5,
         "pairs": 400,
     },
