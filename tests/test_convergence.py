@@ -175,11 +175,17 @@ def test_page_says_what_the_figures_say(tmp_path, capsys):
     assert "0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0" in keep and "| better |" in keep
     assert "| +1.00 [+1.00, +1.00] | " in second and "| 50 % [50, 50] |" in second
     assert text == (results.write(raw, overhead, tmp_path), page.read_text())[1]  # the same files, the same page
-    assert "Under other conditions" not in text
+    others = tmp_path / "conditions.md"
+    assert not others.exists()
     save([entry | {"cell": entry["cell"] | {"study": "labels-30"}} for entry in study()], raw)
-    results.write(raw, overhead, tmp_path)
+    names = [path.name for path in results.write(raw, overhead, tmp_path)]
+    assert names == ["results.md", "conditions.md", "convergence_quickstart.png", "conditions_regimes.png"]
     row = "| `labels-30` | quickstart | `keep` | 0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0"
-    assert row in page.read_text()
+    assert page.read_text() == text and row in others.read_text()
+    overview = next(
+        line for line in others.read_text().splitlines() if line.startswith("| `labels-30` | quickstart | -4.5")
+    )
+    assert overview.endswith("]: **better** |  |  |  |")
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="has no lines"):
         results.write(raw, overhead, tmp_path)
@@ -197,10 +203,12 @@ def test_one_word_for_a_claim():
 
 
 def test_the_committed_page_is_made_of_the_committed_files(tmp_path):
-    page = ROOT / "docs/results.md"
-    (tmp_path / "results.md").write_text(page.read_text())
+    pages = [ROOT / "docs/results.md", ROOT / "docs/conditions.md"]
+    for page in pages:
+        (tmp_path / page.name).write_text(page.read_text())
     assert results.write(ROOT / "benchmarks/raw", ROOT / "benchmarks" / results.OVERHEAD, tmp_path)
-    assert (tmp_path / "results.md").read_text() == page.read_text(), "run `python scripts/benchmark.py tables`"
+    for page in pages:
+        assert (tmp_path / page.name).read_text() == page.read_text(), "run `python scripts/benchmark.py tables`"
     total = sum(path.stat().st_size for path in (ROOT / "benchmarks").rglob("*.json"))
     assert total < 5e6, "raw files shall stay small"
 

@@ -1,4 +1,4 @@
-"""docs/results.md from the raw files alone: the four claims, variance, convergence, other conditions."""
+"""docs/results.md from the raw files alone: the four claims, variance, convergence; and docs/conditions.md."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
-
-from . import pictures, variance_tables
+from . import conditions, pictures, variance_tables
 from .grid import read
 from .methods import IDEAS, WORDS
 from .stats import interval
-from .studies import STUDIES
-from .tables import compare, difference, line, rate, removed, section, words
+from .tables import compare, line, section, words
 
 MARKS = "<!-- made by scripts/benchmark.py tables -->", "<!-- end of what it made -->"
 OVERHEAD = "overhead_quickstart_cpu.json"
@@ -58,37 +55,18 @@ def claims(rows_of: dict[str, list[dict]], overhead: Path) -> list[str]:
     return [*lines, ""]
 
 
-def other_conditions(raw: Path) -> list[str]:
-    """One row a study, task and method: the difference to plain, each at its own best rate."""
-    head = ["conditions", "task", "method", "rate", "held-out loss", "difference to plain [95 %]", "", "noise removed"]
-    lines, notes = [line([*head, "gold score", "KL", "forgotten", "seeds"]), "|---" * 12 + "|"], []
-    for study in STUDIES:
-        records, before = read(raw, study) if study != "convergence" else [], len(lines)
-        for task in dict.fromkeys(record["cell"]["task"] for record in records):
-            lines += [condition_row(f"`{study}`", task, row) for row in compare(records, task, beside=True)]
-        if len(lines) > before:
-            notes.append(f"- `{study}`: {STUDIES[study]['words']}")
-    if not notes:
-        return []
-    if any(f"`{name}`" in text for name in IDEAS for text in lines):
-        notes += ["", "Methods that are only here:", "", *(f"- `{name}`: {WORDS[name]}" for name in IDEAS)]
-    about = (
-        "KL as above; forgotten is KL the other way round: the mean of log p of the reference - log p, over answers "
-        "that the reference wrote. Each row is a comparison: one in twenty would be better or worse by chance. Plain "
-        "AdamW stands there at half and double its rate too, compared with itself at the rate chosen: what "
-        "beats it only at the rate chosen for it has not won, and the table says so."
-    )
-    return [*notes, "", about, "", *lines, ""]
-
-
-def condition_row(study: str, task: str, row: dict) -> str:
-    figures = [f"{row['loss']:.4f}", *difference(row), removed(row), f"{row['gold']:.2f}", f"{row['kl']:.1f}"]
-    figures.append("" if np.isnan(row["forgotten"]) else f"{row['forgotten']:.1f}")
-    return line([study, task, f"`{row['method']}`", rate(row), *figures, str(row["seeds"])])
+def fill(page: Path, title: str, lines: list[str]) -> Path:
+    """Write `lines` between the marks of a page; a page that is not there has only them."""
+    text = page.read_text() if page.exists() else f"# {title}\n\n{MARKS[0]}\n{MARKS[1]}\n"
+    if not all(mark in text for mark in MARKS):
+        raise SystemExit(f"error: {page} has no lines `{MARKS[0]}` and `{MARKS[1]}` to write between: add them.")
+    made = "\n".join([MARKS[0], "", *lines, MARKS[1]])
+    page.write_text(text[: text.index(MARKS[0])] + made + text[text.index(MARKS[1]) + len(MARKS[1]) :])
+    return page
 
 
 def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
-    """Write `docs/results.md`, between its marks where it has them, and the plots; returns the paths."""
+    """Write `results.md` and `conditions.md` of the folder `docs`, and the plots; returns the paths."""
     docs.mkdir(parents=True, exist_ok=True)
     records, paths, rows_of = read(raw, "convergence"), [], {}
     parts: dict[str, list[str]] = {"variance": [], "convergence": []}
@@ -121,12 +99,8 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         *(f"- `{name}`: {text}" for name, text in WORDS.items() if name not in IDEAS),
         "",
     ]
-    conditions = other_conditions(raw)
-    if conditions:
-        lines += ["## Under other conditions", "", *conditions]
-    page, made = docs / "results.md", "\n".join([MARKS[0], "", *lines, MARKS[1]])
-    text = page.read_text() if page.exists() else f"# Results\n\n{MARKS[0]}\n{MARKS[1]}\n"
-    if not all(mark in text for mark in MARKS):
-        raise SystemExit(f"error: {page} has no lines `{MARKS[0]}` and `{MARKS[1]}` to write between: add them.")
-    page.write_text(text[: text.index(MARKS[0])] + made + text[text.index(MARKS[1]) + len(MARKS[1]) :])
-    return [page, *paths]
+    pages = [fill(docs / "results.md", "Results", lines)]
+    lines, plots = conditions.lines_of(raw, docs)
+    if lines:
+        pages.append(fill(docs / "conditions.md", "Other conditions", lines))
+    return [*pages, *paths, *plots]

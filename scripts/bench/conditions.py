@@ -1,0 +1,113 @@
+"""docs/conditions.md from the raw files: where noise projection beats tuned AdamW and where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .grid import read
+from .methods import WORDS
+from .pictures import colour
+from .studies import CORE, STUDIES
+from .tables import compare, difference, line, rate, removed, words
+
+TITLES = {"regimes": "The map", "ideas": "Changes of the filter", "kept": "What is kept"}
+REGIMES = [name for name in STUDIES if name != "ideas" and not name.startswith("kept-")]
+
+
+def rows_of(raw: Path) -> dict[str, dict[tuple[str, str], list[dict]]]:
+    """By topic the rows of each study and task with reported runs; of `convergence` those that all studies have."""
+    found: dict[str, dict[tuple[str, str], list[dict]]] = {topic: {} for topic in TITLES}
+    for study in STUDIES:
+        topic = "regimes" if study in REGIMES else "kept" if study.startswith("kept-") else study
+        records = read(raw, study)
+        for task in dict.fromkeys(record["cell"]["task"] for record in records):
+            rows = compare(records, task, beside=True)
+            rows = [row for row in rows if study != "convergence" or row["method"] in CORE]
+            if rows:
+                found[topic][study, task] = rows
+    return found
+
+
+def outcome(row: dict) -> str:
+    """The difference to plain as a share of its loss, and the verdict where there is one."""
+    shown = difference(row)[1]
+    text = words(*row["gap"], "+.1f", 100, " %")
+    return text if shown == "no difference shown" else f"{text}: **{shown}**"
+
+
+def overview(found: dict[tuple[str, str], list[dict]]) -> list[str]:
+    """A row a condition, a column a method of ours."""
+    names = [name for name in CORE if name != "plain"]
+    lines = [line(["conditions", "task", *(f"`{name}`" for name in names)]), "|---" * (2 + len(names)) + "|"]
+    for (study, task), rows in found.items():
+        cells = {row["method"]: outcome(row) for row in rows}
+        lines.append(line([f"`{study}`", task, *(cells.get(name, "") for name in names)]))
+    return [*lines, ""]
+
+
+def details(found: dict[tuple[str, str], list[dict]]) -> list[str]:
+    head = ["conditions", "task", "method", "rate", "held-out loss", "difference to plain [95 %]", "", "noise removed"]
+    lines = [line([*head, "gold score", "KL", "forgotten", "seeds"]), "|---" * 12 + "|"]
+    for (study, task), rows in found.items():
+        for row in rows:
+            figures = [f"{row['loss']:.4f}", *difference(row), removed(row), f"{row['gold']:.2f}", f"{row['kl']:.1f}"]
+            figures.append("" if np.isnan(row["forgotten"]) else f"{row['forgotten']:.1f}")
+            lines.append(line([f"`{study}`", task, f"`{row['method']}`", rate(row), *figures, str(row["seeds"])]))
+    return [*lines, ""]
+
+
+def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
+    """One panel a study and task: each method's difference to plain with its interval."""
+    across = min(4, len(found))
+    down = -(-len(found) // across)
+    high = 0.7 + 0.19 * max(len(rows) for rows in found.values())
+    figure, panels = plt.subplots(down, across, figsize=(4.2 * across, 0.5 + high * down), layout="constrained")
+    panels = np.atleast_1d(panels).flatten()
+    for panel in panels[len(found) :]:
+        panel.remove()
+    for panel, ((study, task), rows) in zip(panels, found.items()):
+        shown = [row for row in rows if row["apart"].any() and np.isfinite(row["gap"][0])]
+        labels = [f"plain at {row['lr']:g}" if row["method"] == "plain" else row["method"] for row in shown]
+        for height, row in enumerate(shown):
+            value, bounds = row["gap"]
+            panel.plot(100 * value, height, "o", color=colour(row["method"]), markersize=4)
+            if bounds:
+                panel.plot([100 * end for end in bounds], [height] * 2, color=colour(row["method"]), linewidth=1.5)
+        panel.axvline(0, color="#222222", linewidth=1)
+        panel.set_yticks(range(len(shown)), labels, fontsize=7)
+        panel.invert_yaxis()
+        panel.set_title(f"{study}, {task}", fontsize=9)
+        panel.tick_params(axis="x", labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.2, axis="x")
+    figure.supxlabel("held-out loss less plain AdamW's, % of it (left of 0: better), with 95 % intervals", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def lines_of(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
+    """The generated part of the page, and the plots; empty where no study but `convergence` has been run."""
+    topics = rows_of(raw)
+    if not any(study != "convergence" for found in topics.values() for study, _ in found):
+        return [], []
+    lines, paths = [], []
+    for topic, found in topics.items():
+        if not found:
+            continue
+        paths.append(docs / f"conditions_{topic}.png")
+        draw(found, paths[-1])
+        studies = dict.fromkeys(study for study, _ in found)
+        methods = dict.fromkeys(row["method"] for rows in found.values() for row in rows)
+        lines += [f"## {TITLES[topic]}", "", *(f"- `{study}`: {STUDIES[study]['words']}" for study in studies), ""]
+        if topic == "regimes":
+            lines += ["Held-out loss against plain AdamW's:", "", *overview(found)]
+        lines += [f"![{TITLES[topic]}: differences to plain AdamW]({paths[-1].name})", "", *details(found)]
+        if topic != "regimes":
+            lines += ["The methods:", "", *(f"- `{name}`: {WORDS[name]}" for name in methods), ""]
+    return lines, paths
