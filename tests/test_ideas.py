@@ -9,7 +9,7 @@ from conftest import ROOT
 from test_lean import make
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import ideas, lean
+from bench import ideas, kept, lean
 from bench.packed import Packed, PackedLlama
 
 from nspo2_trl import NSPO2, NSPO2Config
@@ -134,32 +134,32 @@ def test_each_epoch_has_the_first_ones_micro_batches_in_another_order(tmp_path):
 
 
 def test_retain_moves_nothing_along_what_the_reference_wrote(tmp_path, monkeypatch):
-    found, directions = [], ideas.directions
-    monkeypatch.setattr(ideas, "TEXTS", 16)
-    monkeypatch.setattr(ideas, "directions", lambda *args: found.append(directions(*args)) or found[-1])
+    found, directions = [], kept.directions
+    monkeypatch.setattr(kept, "TEXTS", 16)
+    monkeypatch.setattr(kept, "directions", lambda *args: found.append(directions(*args)) or found[-1])
     trainer = make(tmp_path, nspo2_enabled=False)
     trainer.create_optimizer_and_scheduler(10)
-    step, params = ideas.retain(trainer, rank=4), PackedLlama(trainer.model).factors
+    step, params = kept.retain(trainer, rank=4), PackedLlama(trainer.model).factors
     before = [p.detach().clone() for p in params]
     for param in params:
         param.grad = torch.randn_like(param)
     for group in trainer.optimizer.param_groups:  # the schedule starts at 0
         group["lr"] = 1e-3
     step([])
-    groups = ideas.BlockGroups(ideas.lora_blocks(trainer.model), NSPO2Config())
-    changes = ideas.stacked(groups, {id(p): (p.detach() - b)[None] for p, b in zip(params, before)})
+    groups = kept.BlockGroups(kept.lora_blocks(trainer.model), NSPO2Config())
+    changes = kept.stacked(groups, {id(p): (p.detach() - b)[None] for p, b in zip(params, before)})
     for change, basis in zip(changes, found):
         assert (basis.norm(dim=-1) > 0.5).any() and change.norm() > 0
         assert coordinates(change[:, 0], basis).norm() < 1e-4 * change.norm()
 
 
 def test_replay_adds_the_texts_gradient(tmp_path, monkeypatch):
-    monkeypatch.setattr(ideas, "TEXTS", 4)
+    monkeypatch.setattr(kept, "TEXTS", 4)
     trainer = make(tmp_path, nspo2_enabled=False)
     params = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.optimizer = torch.optim.SGD(params, lr=1.0)
-    step, llama = ideas.replay(trainer, weight=0.5), PackedLlama(trainer.model)
-    texts = ideas._reference_texts(trainer)
+    step, llama = kept.replay(trainer, weight=0.5), PackedLlama(trainer.model)
+    texts = kept._reference_texts(trainer)
     loss = -0.5 * llama.log_probs(Packed(texts))[0].mean()
     wanted = [g if g is not None else torch.zeros_like(p) for g, p in zip(torch.autograd.grad(loss, params), params)]
     before = [p.detach().clone() for p in params]

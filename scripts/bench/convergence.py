@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import ROOT, grid
 from .methods import METHODS
-from .studies import STUDIES, conditions
+from .studies import STUDIES, of_a_cell
 
 QUICKSTART = {"model": str(ROOT / "recipes/quickstart/model"), "data": str(ROOT / "recipes/quickstart/data")}
 STEPS = 100
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
 
     for task in folders:
         common = {"study": options.study, "task": task, "steps": steps}
-        common |= {"held_out": options.held_out, "samples": options.samples} | conditions(options.study)
+        common |= {"held_out": options.held_out, "samples": options.samples} | of_a_cell(options.study)
         if options.phase != "report":
             go(grid.select_cells(common, methods, options.rates, options.select_seeds), f"{task}, rates")
         for _ in range(options.extend if options.phase != "report" else 0):

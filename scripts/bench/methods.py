@@ -10,7 +10,7 @@ from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimiz
 
 from nspo2_trl import NSPO2DPOTrainer
 
-from . import ideas
+from . import ideas, kept
 
 KEEP = {"nspo2_strategy": "keep", "nspo2_projection_rank": 16, "nspo2_covariance": "adapter"}
 FACTORED = {"nspo2_covariance": "factored", "nspo2_projection_rank": 4, "nspo2_max_rank": 8}
@@ -35,7 +35,7 @@ METHODS = {
     "schedule-free": {"optimizer": "schedule_free"},
 }
 WIDE = KEEP | {"nspo2_strategy": "noise", "nspo2_trust_radius": 1.0, "nspo2_target_bias": 1.0}
-IDEAS = {  # tried, see docs/log.md; `change` names functions of ideas.py
+IDEAS = {  # tried, see docs/log.md; `change` names functions of ideas.py and kept.py
     "noise-wide": WIDE,
     "keep-first-moment": KEEP | {"change": "first_moment"},
     "noise-first-moment": WIDE | {"change": "first_moment"},
@@ -97,7 +97,7 @@ def options_of(method: str) -> dict:
 
 def preparation(method: str) -> Callable[[NSPO2DPOTrainer], Callable | None] | None:
     """What [`lean.train`] is to do once optimizer and schedule are there."""
-    settings, known = METHODS[method], vars(ideas) | globals()
+    settings, known = METHODS[method], vars(ideas) | vars(kept) | globals()
     return next((known[settings[name]] for name in OURS if name in settings), None)
 
 

@@ -68,6 +68,6 @@ STUDIES: dict[str, dict] = {
 IN_A_CELL = ("options", "pairs", "label_noise")
 
 
-def conditions(study: str) -> dict:
+def of_a_cell(study: str) -> dict:
     """What a cell of a study has beside the figures that all cells have."""
     return {name: STUDIES[study][name] for name in IN_A_CELL if name in STUDIES[study]}
