@@ -289,7 +289,7 @@ def test_phases(tmp_path, threads, monkeypatch):
 
 
 def test_conditions_of_a_study_reach_the_run(tmp_path):
-    cell = COMMON | {"method": "plain", "lr": 1e-3, "seed": 0} | studies.conditions("batch-4") | {"pairs": 64}
+    cell = COMMON | {"method": "plain", "lr": 1e-3, "seed": 0} | studies.of_a_cell("batch-4") | {"pairs": 64}
     trainer = tasks.make_trainer(cell, convergence.QUICKSTART)
     assert trainer.args.train_batch_size == 1 and len(trainer.train_dataset) == 64
     data = lean.load_data(trainer, range(8), tmp_path)
@@ -308,7 +308,7 @@ def test_conditions_of_a_study_reach_the_run(tmp_path):
 def test_every_study_can_be_made(study):
     assert set(studies.STUDIES[study]["methods"]) <= set(methods.METHODS) == set(methods.WORDS)
     assert studies.STUDIES[study]["methods"][0] == "plain"
-    assert studies.conditions(study).keys() <= set(studies.IN_A_CELL) and "words" in studies.STUDIES[study]
+    assert studies.of_a_cell(study).keys() <= set(studies.IN_A_CELL) and "words" in studies.STUDIES[study]
 
 
 # ---- methods ----
@@ -365,4 +365,7 @@ def test_every_method_learns(method):
     cell = COMMON | {"method": method, "lr": 1e-3, "seed": 0, "role": "report", "held_out": 20, "samples": 5}
     found = run_cell(cell, convergence.QUICKSTART)
     assert found["curve"]["loss"][-1] < math.log(2) and found["samples"]["kl"] is not None
-    assert bool(found["nspo2"]) == methods.options_of(method)["nspo2_enabled"]
+    measured = methods.options_of(method)["nspo2_enabled"] and method not in methods.IDEAS
+    assert bool(found["nspo2"]) == measured
+    plain = run_cell(cell | {"method": "plain"}, convergence.QUICKSTART)
+    assert method == "plain" or found["curve"] != plain["curve"]

@@ -139,15 +139,19 @@ def several_references(trainer: NSPO2DPOTrainer) -> None:
         part.step, part.head = partial(step, part, part.step, means), partial(head, part, part.head, means)
 
 
-def agreement(trainer: NSPO2DPOTrainer) -> None:
-    """Micro-batches count the less the farther out they lie in the noise directions: k/(k + Mahalanobis distance²)."""
+def agreement(trainer: NSPO2DPOTrainer, over: tuple[int, ...] = (1, 2)) -> None:
+    """Micro-batches count the less the farther out they lie in the noise directions: 1/(1 + distance²).
+
+    Distances are in units of the step's spread in each direction, over the dimensions `over` of (B, n, m, k): in each
+    adapter for itself, or pooled, so that adapters with little noise are left alone.
+    """
 
     def step(part: NSPO2, inner: Callable, samples: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         if part.cov is not None and part.cov.solved and samples is not None:
             cov, rank = part.cov, part.config.projection_rank
             inside = coordinates(samples.transpose(0, 1), cov.basis[:, :rank])  # (B, n, m, k)
             inside = inside - inside.mean(1, keepdim=True)
-            spread = inside.square().mean((0, 1, 2)).clamp_min(1e-30)
+            spread = inside.square().mean(over, keepdim=True).clamp_min(1e-30)
             far = (inside.square() / spread).mean((2, 3))  # (B, n), 1 on average
             weights = 1 / (1 + far)
             weights = (weights / weights.mean(1, keepdim=True)).T[..., None, None]
@@ -160,6 +164,9 @@ def agreement(trainer: NSPO2DPOTrainer) -> None:
         part.step = partial(step, part, part.step)
 
 
+agreement_pooled = partial(agreement, over=(0, 1, 2))
+
+
 def balance(vectors: torch.Tensor, order: list[int]) -> list[int]:
     """A new order whose partial sums stay nearer to 0, from `vectors` (n, k) with mean 0 (GraB, Lu et al. 2022)."""
     total, front, back = torch.zeros_like(vectors[0]), [], []
@@ -170,37 +177,40 @@ def balance(vectors: torch.Tensor, order: list[int]) -> list[int]:
     return front + back[::-1]
 
 
-def balanced_order(trainer: NSPO2DPOTrainer) -> Callable[[list[torch.Tensor]], None]:
+def balanced_order(trainer: NSPO2DPOTrainer, new_order: Callable = balance) -> Callable[[list[torch.Tensor]], None]:
     """Micro-batches of the first epoch come again in each later one, balanced by their coordinates in K before it."""
-    parts, batches, each = trainer.nspo2.parts, trainer.batches, trainer.args.gradient_accumulation_steps
+    engine, batches, each = trainer.nspo2, trainer.batches, trainer.args.gradient_accumulation_steps
     length = len(trainer.train_dataset) // (each * trainer.args.train_batch_size)  # steps of an epoch
-    seen: list[list[torch.Tensor | None]] = [[] for _ in parts]
+    seen: list[list[torch.Tensor]] = [[] for _ in engine.parts]
+    done, engine.share = 0, 1.0  # the engine itself learns from a part of the steps
 
     def record(inner: Callable, own: list, samples: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        own.append(None if samples is None else samples.clone())
+        own.append(samples.clone())
         return inner(samples, grad)
 
     def step(raw: list[torch.Tensor]) -> None:
+        nonlocal done
         trainer.optimizer.step()
-        done = len(seen[0])
+        done += 1
         if done % length or done >= len(batches):
             return
         columns = []
-        for part, own in zip(parts, seen):
-            like = next(samples for samples in own if samples is not None)
-            steps = [torch.zeros_like(like) if samples is None else samples for samples in own[-length:]]
-            columns.append(
-                coordinates(torch.cat(steps).transpose(0, 1), part.cov.basis[:, : part.config.projection_rank])
-                .transpose(0, 1)
-                .flatten(1)
-            )
-            own[:] = [None] * done
+        for part, own in zip(engine.parts, seen):
+            basis = part.cov.basis[:, : part.config.projection_rank]
+            columns.append(coordinates(torch.cat(own).transpose(0, 1), basis).transpose(0, 1).flatten(1))
+            own.clear()
         vectors = torch.cat(columns, 1)
-        vectors = (vectors - vectors.mean(0)) * (vectors != 0).any(1, keepdim=True)  # zeros: not learned from
         micro = [rows for batch in batches[done - length : done] for rows in batch]
-        new = [micro[i] for i in balance(vectors, list(range(len(micro))))]
-        batches[done : done + length] = [new[i : i + each] for i in range(0, len(new), each)]
+        new = [micro[i] for i in new_order(vectors - vectors.mean(0), list(range(len(micro))))]
+        new = [new[i : i + each] for i in range(0, len(new), each)]
+        batches[done : done + length] = new[: len(batches) - done]
 
-    for part, own in zip(parts, seen):
-        part.step = partial(record, part.step, own)
+    for part, own in zip(engine.parts, seen):
+        part.share, part.step = 1.0, partial(record, part.step, own)
     return step
+
+
+def frozen_batches(trainer: NSPO2DPOTrainer) -> Callable[[list[torch.Tensor]], None]:
+    """The control of [`balanced_order`]: the same micro-batches again, in a random order."""
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    return balanced_order(trainer, lambda vectors, order: torch.randperm(len(order), generator=generator).tolist())

@@ -48,7 +48,9 @@ IDEAS = {  # tried, see docs/log.md; `change` names functions of ideas.py and ke
     "keep-0.99": KEEP | {"nspo2_cov_momentum": 0.99},
     "keep-references": KEEP | {"change": "several_references"},
     "agreement": KEEP | {"nspo2_strength": 0.0, "change": "agreement"},
+    "agreement-pooled": KEEP | {"nspo2_strength": 0.0, "change": "agreement_pooled"},
     "balanced-order": KEEP | {"nspo2_strength": 0.0, "change": "balanced_order"},
+    "frozen-batches": KEEP | {"nspo2_strength": 0.0, "change": "frozen_batches"},
     "retain": {"change": "retain"},
     "replay": {"change": "replay"},
 }
@@ -82,8 +84,11 @@ WORDS = {
     "keep-0.9": "`keep`, noise and mean remembered with momentum 0.9 instead of 0.97",
     "keep-0.99": "`keep`, noise and mean remembered with momentum 0.99 instead of 0.97",
     "keep-references": "`keep`, giving back the span of four running means of the gradient, momenta 0 to 0.99",
-    "agreement": "no filter; micro-batches count less the farther out they lie in the noise directions",
+    "agreement": "no filter; micro-batches count less the farther out they lie in an adapter's noise directions",
+    "agreement-pooled": "the same, with distances in units of the spread over all adapters of a shape: the noisy ones "
+    "are weighed, the others hardly",
     "balanced-order": "no filter; micro-batches come again in an order balanced in the noise directions (GraB)",
+    "frozen-batches": "its control: the same micro-batches again, in a random order",
     "retain": "AdamW, its change projected onto the null space of gradients of texts that the reference wrote",
     "replay": "AdamW, with 0.02 times the negative log-likelihood of 4 such texts in the loss of each step",
 }

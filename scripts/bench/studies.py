@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .methods import IDEAS, METHODS
 
-KEPT, EPOCHS = ["retain", "replay"], ["balanced-order"]  # what is kept; what needs several epochs
+KEPT, EPOCHS = ["retain", "replay"], ["balanced-order", "frozen-batches"]  # what is kept; what needs several epochs
+WEIGHED = ["agreement", "agreement-pooled"]
 CORE = ["plain", "keep", "noise", "hybrid", "keep-factored"]
 # `options` are the trainer's; `pairs` is how many of the training pairs are used, `label_noise` the share of them
 # whose answers change places (the same ones in every run).
@@ -43,12 +44,12 @@ STUDIES: dict[str, dict] = {
     },
     "labels-20": {
         "words": "20 % of the training labels turned round, besides those that are wrong anyway.",
-        "methods": CORE,
+        "methods": CORE + WEIGHED,
         "label_noise": 0.2,
     },
     "labels-30": {
         "words": "30 % of the training labels turned round, besides those that are wrong anyway.",
-        "methods": CORE,
+        "methods": CORE + WEIGHED,
         "label_noise": 0.3,
     },
     **{
