@@ -14,7 +14,7 @@ from .grid import read
 from .methods import WORDS
 from .pictures import colour
 from .studies import CORE, STUDIES
-from .tables import compare, difference, line, rate, removed, words
+from .tables import JUDGED, compare, difference, line, rate, removed, words
 
 TITLES = {"regimes": "The map", "ideas": "Changes of the filter", "kept": "What is kept"}
 REGIMES = [name for name in STUDIES if name != "ideas" and not name.startswith("kept-")]
@@ -72,7 +72,7 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     for panel in panels[len(found) :]:
         panel.remove()
     for panel, ((study, task), rows) in zip(panels, found.items()):
-        shown = [row for row in rows if row["apart"].any() and np.isfinite(row["gap"][0])]
+        shown = [row for row in rows if not row["itself"] and np.isfinite(row["gap"][0])]
         labels = [f"plain at {row['lr']:g}" if row["method"] == "plain" else row["method"] for row in shown]
         for height, row in enumerate(shown):
             value, bounds = row["gap"]
@@ -106,7 +106,7 @@ def lines_of(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
         methods = dict.fromkeys(row["method"] for rows in found.values() for row in rows)
         lines += [f"## {TITLES[topic]}", "", *(f"- `{study}`: {STUDIES[study]['words']}" for study in studies), ""]
         if topic == "regimes":
-            lines += ["Held-out loss against plain AdamW's:", "", *overview(found)]
+            lines += ["Held-out loss against plain AdamW's:", "", *overview(found), JUDGED, ""]
         lines += [f"![{TITLES[topic]}: differences to plain AdamW]({paths[-1].name})", "", *details(found)]
         if topic != "regimes":
             lines += ["The methods:", "", *(f"- `{name}`: {WORDS[name]}" for name in methods), ""]

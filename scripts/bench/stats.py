@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import bootstrap, permutation_test
+from scipy.stats import bootstrap, false_discovery_control, permutation_test
+from scipy.stats import t as student
 
 RESAMPLES = 9999
 START = math.log(2)  # held-out loss before training, when policy and reference are the same
@@ -63,14 +64,37 @@ def p_value(differences: Sequence[float]) -> float | None:
     return float(permutation_test((values,), np.mean, **how).pvalue)
 
 
-def verdict(differences: Sequence[float]) -> str:
-    """What differences of the loss to plain's, one a seed, show at the level of 5 %."""
+def adjusted(ps: Sequence[float | None]) -> list[float | None]:
+    """p-values adjusted for there being several (Benjamini and Hochberg 1995); None stays None."""
+    known = [p for p in ps if p is not None]
+    found = iter(false_discovery_control(known) if known else [])
+    return [None if p is None else float(next(found)) for p in ps]
+
+
+def verdict(differences: Sequence[float], corrected: float | None = None) -> str:
+    """What differences of the loss to plain's, one a seed, show at the level of 5 %.
+
+    Args:
+        corrected: p adjusted for the other comparisons; "perhaps" where only the p of this one is small.
+    """
     p = p_value(differences)
     if p is None:
         return "cannot be said"
+    if not np.any(differences):
+        return "identical"
     if p > 0.05:
         return "no difference shown"
-    return "worse" if np.mean(differences) > 0 else "better"
+    sure = corrected is None or corrected <= 0.05
+    return ("" if sure else "perhaps ") + ("worse" if np.mean(differences) > 0 else "better")
+
+
+def least_found(differences: Sequence[float]) -> float | None:
+    """The true mean of differences that such an experiment would find with a chance of about 80 % (t test, 5 %)."""
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 3 or not np.isfinite(values).all():
+        return None
+    free = len(values) - 1
+    return float((student.ppf(0.975, free) + student.ppf(0.8, free)) * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> float | None:
