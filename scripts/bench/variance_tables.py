@@ -64,8 +64,8 @@ def section(records: list[dict], scores: dict, task: str, plot: str) -> list[str
     lines = [
         f"{len(records)} runs of plain AdamW (rate {cell['lr']:g}, {cell['steps']} steps), stopped at four points. "
         f"There {cell['fit']} micro-batches of {PAIRS} pairs give directions and reference, {cell['fresh']} others "
-        "the scores; in brackets 95 % over the runs (percentile bootstrap; with 10 runs it covers some 91 %). The rank is taken as it is: without the test of significance and "
-        "the bounds that training has.",
+        "the scores; in brackets 95 % over the runs (percentile bootstrap, which covers some 90 % with 10 runs). The "
+        "rank is taken as it is: without the test of significance and the bounds that training has.",
         "",
         "In the middle of the run:",
         "",
