@@ -72,15 +72,15 @@ def beyond(losses: dict[float, float]) -> list[float]:
 
 
 def report_cells(common: dict, records: list[dict], methods: list[str], seeds: int) -> list[dict]:
-    """Each method at its best rate; plain AdamW at half and double too, which shows how much hangs on the choice."""
-    cells = []
-    for method in methods:
-        losses = losses_by_rate(records, common["task"], method)
-        if not losses:
-            continue
-        best = best_rate(losses)[0]
-        rates = [best, best / 2, best * 2] if method == "plain" else [best]
-        cells += [common | {"method": method, "lr": float(f"{lr:g}"), "role": "report"} for lr in rates]
+    """Each method at its best rate; plain AdamW also at the rates of the others and at half and double its own."""
+    losses = {method: losses_by_rate(records, common["task"], method) for method in methods}
+    rates = {method: [best_rate(found)[0]] for method, found in losses.items() if found}
+    if "plain" in rates:
+        best = rates["plain"][0]
+        rates["plain"] = sorted({best / 2, best * 2}.union(*rates.values()))
+    cells = [
+        common | {"method": name, "lr": float(f"{lr:g}"), "role": "report"} for name in rates for lr in rates[name]
+    ]
     return [cell | {"seed": seed} for seed in range(seeds) for cell in cells]
 
 

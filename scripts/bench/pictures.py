@@ -60,7 +60,7 @@ def draw(records: list[dict], rows: list[dict], task: str, path: Path) -> None:
         for (method, _), by_seed in runs.items()
         if method == "plain"
     )
-    right.plot(*zip(*frontier), "s-", color=PLAIN, markersize=5, label="plain at half, once, twice its rate")
+    right.plot(*zip(*frontier), "s-", color=PLAIN, markersize=5, label="plain at the rates it was reported at")
     left.set(title="held-out loss, mean over seeds (plain: the seeds' range)", xlabel="step", ylabel="loss")
     middle.set(title="paired difference to plain (keep: 95 % interval)", xlabel="step", ylabel="loss less plain's")
     right.set(title="gold score against KL at the end", xlabel="KL from the reference, nats", ylabel="gold score")

@@ -115,7 +115,7 @@ def words(
 def difference(row: dict) -> list[str]:
     """Difference to plain with its interval, and what it shows.
 
-    A method that beats plain at the rate chosen for it has not won where plain does as well at half or double of it,
+    A method that beats plain at the rate chosen for it has not won where plain does as well at another,
     or where seeds are missing that would tell.
     """
     if row["itself"]:
@@ -174,8 +174,8 @@ def gold_table(rows: list[dict]) -> list[str]:
 
 JUDGED = """They are called better or worse where the exact test that turns signs round has p < 0.05 also when
 corrected for the number of comparisons in the table (Benjamini and Hochberg), perhaps better or worse where only
-without that. Plain was reported at half and double its rate too: what beats it only at the rate chosen for it has not
-won, and the table says so."""
+without that. Plain was reported at half and double its rate too, and at the rates of the others: what beats it only at
+the rate chosen for it has not won, and the table says so."""
 
 
 def power(rows: list[dict]) -> str:
@@ -211,7 +211,7 @@ say (89 % of simulations with 10 seeds), and all are over seeds, on the same hel
 was in force, with the mean rank. NSPO2's sentinel watches the held-out loss, as in training.
 
 KL: mean over samples of log p - log p of the reference, in nats. Plain's gold score at another KL is interpolated
-between its runs at half, once and twice its best rate. That flatters what lies between them, since the curve is
+between the rates it was reported at. That flatters what lies between them, since the curve is
 concave.{bias} Steps: until a run's held-out loss is as low as the mean of plain's runs is at that point; sums over
 seeds as a share of plain's sum, a run that never gets there counting whole."""
     picture = f"![{task}: held-out loss, paired difference to plain AdamW, gold score against KL]({plot})"
