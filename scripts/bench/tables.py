@@ -122,9 +122,9 @@ def difference(row: dict) -> list[str]:
         return ["", ""]
     shown = verdict(row["apart"], row.get("corrected"))
     if row["method"] != "plain" and shown.endswith("better"):
-        lost = [rate for rate, apart in sorted(row["rivals"].items()) if verdict(apart) != "better"]
+        lost = {rate: apart.mean() for rate, apart in row["rivals"].items() if verdict(apart) != "better"}
         if lost:
-            shown += f", but not than `plain` at {' and '.join(f'{rate:g}' for rate in lost)}"
+            shown += f", but not than `plain` at {max(lost, key=lost.get):g}"
         elif not row["rivals"]:
             shown += ", but `plain` has one rate only"
     return [words(row["apart"].mean(), interval(row["apart"])), shown]
