@@ -35,7 +35,10 @@ from rich.console import Console
 from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench import convergence, overhead, sizes
+try:
+    from bench import convergence, overhead, sizes
+except ModuleNotFoundError as error:
+    raise SystemExit(f'error: {error.name} is missing: run `pip install -e ".[bench]"`.') from None
 
 from nspo2_trl.train import build, parse
 

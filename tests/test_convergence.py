@@ -256,6 +256,25 @@ def test_rates():
     assert grid.best_rate(grid.losses_by_rate(records, "quickstart", "keep")) == (4e-3, True)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--only task=quikstart", "expected one of quickstart"),
+        ("--only foo", "expected one of task, method, role, lr, seed"),
+        ("--stories_model /nope", "`--stories_model` /nope: the task `stories` needs both"),
+        (f"--stories_model {ROOT}", "`--stories_data` is missing"),
+    ],
+)
+def test_options_that_cannot_be_meant(options, message):
+    with pytest.raises(SystemExit, match=message):
+        convergence.run(options.split())
+
+
+def test_no_raw_files_no_tables(tmp_path):
+    with pytest.raises(SystemExit, match="no raw files in .*run `python"):
+        convergence.tables(["--raw", str(tmp_path)])
+
+
 @pytest.fixture
 def threads(monkeypatch):
     monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
@@ -279,7 +298,7 @@ def test_a_finished_cell_is_never_run_again(tmp_path, threads, capsys):
     broken.clear()
     assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 0 and ran[4:] == [("keep", 101)]
     assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 0 and len(ran) == 5
-    with pytest.raises(ValueError, match="was made with"):
+    with pytest.raises(SystemExit, match="was made with steps 20: give another folder"):
         grid.run_cells(tmp_path, [cell | {"steps": 40} for cell in cells], folders, 2, "test", run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import ROOT, grid
@@ -11,7 +12,7 @@ from .methods import METHODS
 from .studies import STUDIES, of_a_cell
 
 QUICKSTART = {"model": str(ROOT / "recipes/quickstart/model"), "data": str(ROOT / "recipes/quickstart/data")}
-STEPS = 100
+RAW, STEPS = ROOT / "benchmarks/raw", 100
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 HELP = """Methods x learning rates x paired seeds on tiny models, through a loop that is the trainer's to rounding.
@@ -48,15 +49,35 @@ def _common(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
     found.add_argument("--stories_model", help="folder of a model for the task `stories`")
     found.add_argument("--stories_data", help="folder with train and test split of pairs for the task `stories`")
     found.add_argument("--workers", type=int, default=2)
-    found.add_argument("--raw", type=Path, default=ROOT / "benchmarks/raw")
+    found.add_argument("--raw", type=Path, default=RAW, help=f"folder of the raw files, {RAW} if left out")
     return found
 
 
 def _folders(options: argparse.Namespace) -> dict[str, dict[str, str]]:
-    folders = {"quickstart": QUICKSTART}
-    if options.stories_model and options.stories_data:
-        folders["stories"] = {"model": options.stories_model, "data": options.stories_data}
+    folders, stories = {"quickstart": QUICKSTART}, (options.stories_model, options.stories_data)
+    if any(stories):
+        for name, folder in zip(("--stories_model", "--stories_data"), stories):
+            if not folder or not Path(folder).is_dir():
+                raise SystemExit(f"error: `{name}` {folder or 'is missing'}: the task `stories` needs both folders.")
+        folders["stories"] = dict(zip(("model", "data"), stories))
     return folders
+
+
+def _only(text: str, tasks: Iterable[str]) -> dict[str, list[str]]:
+    """The values of each key of `--only`."""
+    only: dict[str, list[str]] = {}
+    known = {"task": list(tasks), "method": list(METHODS), "role": ["select", "report"], "lr": None, "seed": None}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known or not value or value not in (known[key] or [value]):
+            choices = f"one of {', '.join(known[key])}" if known.get(key) else f"one of {', '.join(known)}, then ="
+            raise SystemExit(f"error: `--only {part}`: expected {choices}.")
+        only.setdefault(key, []).append(value)
+    return only
+
+
+def _say_next(raw: Path) -> None:
+    print(f"Tables and plots: `python scripts/benchmark.py tables{'' if raw == RAW else f' --raw {raw}'}`.")
 
 
 def run(argv: list[str]) -> int:
@@ -66,10 +87,7 @@ def run(argv: list[str]) -> int:
     methods = options.methods or study["methods"]
     steps = round(options.steps * study.get("longer", 1))
     folders, failed = _folders(options), 0
-    only: dict[str, list[str]] = {}
-    for part in filter(None, options.only.split(",")):
-        key, _, value = part.partition("=")
-        only.setdefault(key, []).append(value)
+    only = _only(options.only, folders)
 
     def go(cells: list[dict], label: str) -> None:
         nonlocal failed
@@ -98,6 +116,7 @@ def run(argv: list[str]) -> int:
             records = grid.read(options.raw, options.study)
             cells = grid.report_cells(common, records, methods, options.report_seeds)
             go(cells, f"{task}, reported runs")
+    _say_next(options.raw)
     return failed
 
 
@@ -118,6 +137,7 @@ def variance(argv: list[str]) -> int:
     for task in folders:
         cells = [same | {"task": task, "seed": seed} for seed in range(options.runs)]
         failed += grid.run_cells(options.raw, cells, folders, options.workers, f"{task}, variance", run_cell)
+    _say_next(options.raw)
     return failed
 
 
@@ -125,11 +145,14 @@ def tables(argv: list[str]) -> None:
     from . import results  # SciPy and Matplotlib are the extra `bench`
 
     found = argparse.ArgumentParser("benchmark.py tables", description="Tables and plots from the raw files alone.")
-    found.add_argument("--raw", type=Path, default=ROOT / "benchmarks/raw")
+    found.add_argument("--raw", type=Path, default=RAW, help=f"folder of the raw files, {RAW} if left out")
     found.add_argument("--overhead", type=Path, default=ROOT / f"benchmarks/{results.OVERHEAD}")
-    found.add_argument("--docs", type=Path, default=ROOT / "docs", help="where results.md and the plots go")
+    found.add_argument("--docs", type=Path, help="where pages and plots go: docs/, or beside another `--raw`")
     options = found.parse_args(argv)
-    for path in results.write(options.raw, options.overhead, options.docs):
+    if not any(options.raw.glob("*/*/*.json")):
+        raise SystemExit(f"error: no raw files in {options.raw}: run `python scripts/benchmark.py convergence` first.")
+    docs = options.docs or (ROOT / "docs" if options.raw == RAW else options.raw.parent / "docs")
+    for path in results.write(options.raw, options.overhead, docs):
         print(path)
 
 

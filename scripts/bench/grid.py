@@ -90,12 +90,14 @@ def wanted(cell: dict, only: dict[str, list[str]]) -> bool:
 
 
 def _begin() -> None:
+    import signal
     import warnings
 
     import datasets
     import torch
     from transformers.utils import logging
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL and Transformers call their own deprecated names
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -120,7 +122,7 @@ def missing(raw: Path, cells: list[dict]) -> list[dict]:
     """The cells that have no file.
 
     Raises:
-        ValueError: a file was made with other settings, such as another number of steps.
+        SystemExit: a file was made with other settings, such as another number of steps.
     """
     found = []
     for cell in cells:
@@ -128,7 +130,10 @@ def missing(raw: Path, cells: list[dict]) -> list[dict]:
         if not path.exists():
             found.append(cell)
         elif (there := json.loads(path.read_text())["cell"]) != cell:
-            raise ValueError(f"{path} was made with {there}, not with {cell}: choose another `--study`, or remove it.")
+            other = ", ".join(
+                f"{key} {there.get(key)}" for key in {**there, **cell} if there.get(key) != cell.get(key)
+            )
+            raise SystemExit(f"error: {path} was made with {other}: give another folder with `--raw`, or remove it.")
     return found
 
 
@@ -138,6 +143,9 @@ def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: i
     What failed is named at the end and leaves no file, so that the next call tries it again.
     """
     todo, failed, start = missing(raw, cells), [], time.perf_counter()
+    if not todo:
+        print(f"{label}: all {len(cells)} cells are in {raw}; to run them anew give another folder with `--raw`.")
+        return 0
     os.environ["OMP_NUM_THREADS"] = "1"  # the processes that are started now read it
     console = Console()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
@@ -158,7 +166,9 @@ def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: i
                     print(f"{text} ({path_of(raw, cell).name})", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise SystemExit("Stopped. Finished cells are kept: the same command goes on.") from None
     for cell, error in failed:
         print(f"failed: {path_of(raw, cell)}: {type(error).__name__}: {error}")
     return len(failed)

@@ -88,7 +88,11 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         parts["variance"] += ["", f"### {task}", "", *variance_tables.section(own, scores, task, paths[-1].name)]
     if not rows_of:
         return []
-    lines = ["## The four claims", "", *claims(rows_of, overhead)]
+    about = (
+        "Published: what the description of NSPO2 that this project implements says, of no model in particular. The "
+        "commands run the quick start; for another model, as `stories`, see [reproducing.md](reproducing.md)."
+    )
+    lines = ["## The four claims", "", about, "", *claims(rows_of, overhead)]
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", *parts["variance"]]
     lines += ["## What it does to training", *parts["convergence"]]
