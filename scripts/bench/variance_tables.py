@@ -66,9 +66,9 @@ def section(records: list[dict], scores: dict, task: str, plot: str) -> list[str
         f"There {cell['fit']} micro-batches of {PAIRS} pairs give directions and reference, {cell['fresh']} others "
         "the scores; in brackets 95 % over the runs (percentile bootstrap, which covers some 90 % with 10 runs). The "
         "rank is taken as it is: without the test of significance and the bounds that training has. Relative "
-        "variance: variance over the mean's square, of what is left, as a share of the raw gradient's; above 1 the filter "
-        "makes the gradient noisier for its length. Error of a batch: mean squared distance of the filtered gradient of "
-        f"{BATCH} micro-batches to the mean over all data, as a share of the raw one's. "
+        "variance: variance over the mean's square, of what is left, as a share of the raw gradient's; above 1 the "
+        "filter makes the gradient noisier for its length. Error of a batch: mean squared distance of the filtered "
+        f"gradient of {BATCH} micro-batches to the mean over all data, as a share of the raw one's. "
         "Command: `python scripts/benchmark.py variance`.",
         "",
         "In the middle of the run:",
