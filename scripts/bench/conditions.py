@@ -91,6 +91,27 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_kept(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
+    """Gold score against what was forgotten, a panel a task: up and to the left is better."""
+    tasks = list(dict.fromkeys(task for _, task in found))
+    figure, panels = plt.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.4), layout="constrained", squeeze=False)
+    colours = {"plain": "#222222", "retain": "#1f6fb4", "replay": "#d2691e"}
+    for panel, task in zip(panels[0], tasks):
+        for (study, own), rows in found.items():
+            for row in rows if own == task else []:
+                look = {"color": colours[row["method"]], "markersize": 5}
+                label = f"{row['method']}, {study.removeprefix('kept-')}, {row['lr']:g}"
+                panel.plot(row["forgotten"], row["gold"], "o", **look)
+                panel.annotate(label, (row["forgotten"], row["gold"]), (4, 3), textcoords="offset points", size=6)
+        panel.set_title(f"{task}: method, beta, learning rate", fontsize=9)
+        panel.set_xlabel("forgotten: mean of log p of the reference - log p over its answers, nats", fontsize=8)
+        panel.set_ylabel("gold score", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def lines_of(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
     """The generated part of the page, and the plots; empty where no study but `convergence` has been run."""
     topics = rows_of(raw)
@@ -101,13 +122,14 @@ def lines_of(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
         if not found:
             continue
         paths.append(docs / f"conditions_{topic}.png")
-        draw(found, paths[-1])
+        (draw_kept if topic == "kept" else draw)(found, paths[-1])
         studies = dict.fromkeys(study for study, _ in found)
         methods = dict.fromkeys(row["method"] for rows in found.values() for row in rows)
         lines += [f"## {TITLES[topic]}", "", *(f"- `{study}`: {STUDIES[study]['words']}" for study in studies), ""]
         if topic == "regimes":
             lines += ["Held-out loss against plain AdamW's:", "", *overview(found), JUDGED, ""]
-        lines += [f"![{TITLES[topic]}: differences to plain AdamW]({paths[-1].name})", "", *details(found)]
+        what = "gold score and what was forgotten" if topic == "kept" else "differences to plain AdamW"
+        lines += [f"![{TITLES[topic]}: {what}]({paths[-1].name})", "", *details(found)]
         if topic != "regimes":
             lines += ["The methods:", "", *(f"- `{name}`: {WORDS[name]}" for name in methods), ""]
     return lines, paths
