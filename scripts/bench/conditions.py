@@ -12,7 +12,7 @@ import numpy as np
 
 from .grid import read
 from .methods import WORDS
-from .pictures import colour
+from .pictures import OURS, PEER, PLAIN, colour
 from .studies import CORE, STUDIES
 from .tables import JUDGED, compare, difference, line, rate, removed, words
 
@@ -79,7 +79,7 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
             panel.plot(100 * value, height, "o", color=colour(row["method"]), markersize=4)
             if bounds:
                 panel.plot([100 * end for end in bounds], [height] * 2, color=colour(row["method"]), linewidth=1.5)
-        panel.axvline(0, color="#222222", linewidth=1)
+        panel.axvline(0, color=PLAIN, linewidth=1)
         panel.set_yticks(range(len(shown)), labels, fontsize=7)
         panel.invert_yaxis()
         panel.set_title(f"{study}, {task}", fontsize=9)
@@ -95,7 +95,7 @@ def draw_kept(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """Gold score against what was forgotten, a panel a task: up and to the left is better."""
     tasks = list(dict.fromkeys(task for _, task in found))
     figure, panels = plt.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.4), layout="constrained", squeeze=False)
-    colours = {"plain": "#222222", "retain": "#1f6fb4", "replay": "#d2691e"}
+    colours = {"plain": PLAIN, "retain": OURS, "replay": PEER}
     for panel, task in zip(panels[0], tasks):
         for (study, own), rows in found.items():
             for row in rows if own == task else []:

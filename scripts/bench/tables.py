@@ -56,7 +56,7 @@ def compare(records: list[dict], task: str, beside: bool = False) -> list[dict]:
         row = {"method": name, "lr": lr, "edge": edge, "seeds": len(seeds)}
         bounds, level = interval(losses - others), others.mean()
         share = (losses - others).mean() / level, bounds and (bounds[0] / level, bounds[1] / level)
-        row |= {"loss": losses.mean(), "apart": losses - others, "gap": share}
+        row |= {"loss": losses.mean(), "apart": losses - others, "interval": bounds, "gap": share}
         row["itself"] = own is plain
         row["rivals"] = {
             rate: np.array([final_loss(own[seed]) - final_loss(part[seed]) for seed in seeds if seed in part])
@@ -129,7 +129,7 @@ def difference(row: dict) -> list[str]:
             shown += f", but not than `plain` at {max(lost, key=lost.get):g}"
         elif not row["rivals"]:
             shown += ", but `plain` has one rate only"
-    return [words(row["apart"].mean(), interval(row["apart"])), shown]
+    return [words(row["apart"].mean(), row["interval"]), shown]
 
 
 def removed(row: dict) -> str:
