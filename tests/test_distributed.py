@@ -120,8 +120,8 @@ def test_killed_between_checkpoints_resumes_to_the_same_end(launch, tmp_path):
 
 def test_one_rank_that_cannot_write_leaves_no_checkpoint(tmp_path):
     own = SAME | LAUNCHES["ddp"][1] | {"max_steps": 2, "save_steps": 1, "full_disk_on": 1}
-    with pytest.raises(AssertionError, match="another process could not write its part"):
-        run(tmp_path, 2, **own)
+    errors = run(tmp_path, 2, **own)["errors"]
+    assert "another process could not write its part" in errors[0] and "No space left" in errors[1]
     assert not list(tmp_path.glob("checkpoint-*"))
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -83,6 +85,27 @@ def whole(param: torch.Tensor) -> torch.Tensor:
     return param.full_tensor() if hasattr(param, "full_tensor") else param
 
 
+def errors_of_all(train: Callable[[], object]) -> list[str]:
+    """What every rank's training stopped with; the launcher would kill the others as soon as one ends."""
+    mine = "none"
+    try:
+        train()
+    except OSError as error:
+        mine = str(error)
+    errors = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, mine)
+    return errors
+
+
+def leave(out: str, result: dict) -> NoReturn:
+    """Save the main process's result and end all processes."""
+    if PartialState().is_main_process:
+        torch.save(result, f"{out}/result.pt")
+    PartialState().wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # two gloo processes were seen to hang on a regular exit, with plain TRL too
+
+
 def main(out: str, options: str, resume: str | None = None) -> None:
     args = {"output_dir": out} | ARGS | {"train_sampling_strategy": "sequential"} | json.loads(options)
     processes, nan_rank, kill_after = args.pop("processes"), args.pop("nan_rank", None), args.pop("kill_after", None)
@@ -128,7 +151,10 @@ def main(out: str, options: str, resume: str | None = None) -> None:
     sent = {}
     if processes > 1 and "deepspeed" not in args:
         count_traffic(sent)
-    trainer.train(resume_from_checkpoint=resume)
+    if full_disk_on is None:
+        trainer.train(resume_from_checkpoint=resume)
+    else:
+        leave(out, {"errors": errors_of_all(trainer.train)})
     sent = dict(sent)
     skipped = trainer.nspo2.skipped_steps if getattr(trainer, "nspo2", None) else 0
     params = {name: whole(p).detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -141,11 +167,7 @@ def main(out: str, options: str, resume: str | None = None) -> None:
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         result |= {"share": trainer.nspo2.share, "blocks": sum(len(group.names) for group in trainer.nspo2.groups)}
         result |= {"figures": logged[-1], "active": sum(e.get("nspo2/active", 0) for e in logged) / len(logged)}
-    if trainer.accelerator.is_main_process:
-        torch.save(result, f"{out}/result.pt")
-    trainer.accelerator.wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)  # two gloo processes were seen to hang on a regular exit, with plain TRL too
+    leave(out, result)
 
 
 if __name__ == "__main__":
