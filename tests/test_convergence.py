@@ -118,7 +118,9 @@ def test_gold_at_equal_kl():
 
 
 def test_rows_are_paired_and_each_at_its_best_rate():
-    plain, keep = tables.compare(study(), "quickstart")
+    records = study()
+    _, plain, _, keep = rows = tables.compare(records, "quickstart")
+    tables.add_speed_and_frontier(rows, records, "quickstart")
     assert (plain["lr"], plain["edge"], keep["lr"], keep["edge"]) == (2e-3, False, 4e-3, True)
     assert keep["apart"].mean() == pytest.approx(-0.02) and keep["gap"][0] == pytest.approx(-0.02 / 0.445)
     assert keep["frontier"][0] == pytest.approx(1.0) and keep["removed"] == [0.4] * 10 and plain["removed"] == []
@@ -131,16 +133,16 @@ def test_rows_are_paired_and_each_at_its_best_rate():
 
 def test_what_beats_plain_only_at_the_rate_chosen_for_it_has_not_won():
     records = study()
-    assert tables.difference(tables.compare(records, "quickstart")[1])[1] == "better"
+    assert tables.difference(tables.compare(records, "quickstart")[-1])[1] == "better"
     for found in records:
         cell = found["cell"]
         if (cell["method"], cell["lr"], cell["role"]) == ("plain", 1e-3, "report"):
             found["curve"]["loss"][-1] -= 0.015 + 0.01 * (cell["seed"] % 2)
-    rows = tables.compare(records, "quickstart", beside=True)
+    rows = tables.compare(records, "quickstart")
     missing = [
         entry for entry in records if (entry["cell"]["lr"], entry["cell"]["seed"]) not in ((1e-3, 8), (1e-3, 9))
     ]
-    assert tables.difference(tables.compare(missing, "quickstart")[1])[1] == "better, but not than `plain` at 0.001"
+    assert tables.difference(tables.compare(missing, "quickstart")[-1])[1] == "better, but not than `plain` at 0.001"
     assert [(row["method"], row["lr"]) for row in rows] == [("plain", lr) for lr in (1e-3, 2e-3, 4e-3)] + [
         ("keep", 4e-3)
     ]
@@ -160,7 +162,8 @@ def test_steps_of_equal_methods_are_equal():
         for seed in range(200):
             losses = np.array([0.6, 0.5, 0.45, 0.42]) + 0.03 * rng.standard_normal() + 0.01 * rng.standard_normal(4)
             records.append(record(method, 1e-3, seed, losses.tolist()))
-    _, keep = tables.compare(records, "quickstart")
+    _, keep = rows = tables.compare(records, "quickstart")
+    tables.add_speed_and_frontier(rows, records, "quickstart")
     assert all(
         keep[at][0] == pytest.approx(1, abs=0.04) and keep[at][1][0] < 1 < keep[at][1][1] for at in tables.SHARES
     )
@@ -241,7 +244,8 @@ def test_diverged_runs_are_not_hidden():
     for entry in records:
         if (entry["cell"]["method"], entry["cell"]["seed"], entry["cell"]["role"]) == ("keep", 0, "report"):
             entry["curve"]["loss"][-1], entry["samples"] = None, {}
-    _, keep = tables.compare(records, "quickstart")
+    *_, keep = rows = tables.compare(records, "quickstart")
+    tables.add_speed_and_frontier(rows, records, "quickstart")
     assert keep["loss"] == math.inf and stats.verdict(keep["apart"]) == "cannot be said" and not keep["frontier"]
 
 

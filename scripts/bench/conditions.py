@@ -20,17 +20,18 @@ TITLES = {"regimes": "The map", "ideas": "Changes of the filter", "kept": "What 
 REGIMES = [name for name in STUDIES if name != "ideas" and not name.startswith("kept-")]
 
 
-def rows_of(raw: Path) -> dict[str, dict[tuple[str, str], list[dict]]]:
+def rows_of(raw: Path, convergence: dict[str, list[dict]]) -> dict[str, dict[tuple[str, str], list[dict]]]:
     """By topic the rows of each study and task with reported runs; of `convergence` those that all studies have."""
     found: dict[str, dict[tuple[str, str], list[dict]]] = {topic: {} for topic in TITLES}
     for study in STUDIES:
         topic = "regimes" if study in REGIMES else "kept" if study.startswith("kept-") else study
-        records = read(raw, study)
-        for task in dict.fromkeys(record["cell"]["task"] for record in records):
-            rows = compare(records, task, beside=True)
-            rows = [row for row in rows if study != "convergence" or row["method"] in CORE]
-            if rows:
-                found[topic][study, task] = rows
+        if study == "convergence":
+            compared = {task: [row for row in rows if row["method"] in CORE] for task, rows in convergence.items()}
+        else:
+            records = read(raw, study)
+            tasks = dict.fromkeys(record["cell"]["task"] for record in records)
+            compared = {task: compare(records, task) for task in tasks}
+        found[topic] |= {(study, task): rows for task, rows in compared.items() if rows}
     return found
 
 
@@ -112,9 +113,13 @@ def draw_kept(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
-def lines_of(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
-    """The generated part of the page, and the plots; empty where no study but `convergence` has been run."""
-    topics = rows_of(raw)
+def lines_of(raw: Path, docs: Path, convergence: dict[str, list[dict]]) -> tuple[list[str], list[Path]]:
+    """The generated part of the page, and the plots; empty where no study but `convergence` has been run.
+
+    Args:
+        convergence: the rows of that study by task, as [`compare`] gives them.
+    """
+    topics = rows_of(raw, convergence)
     if not any(study != "convergence" for found in topics.values() for study, _ in found):
         return [], []
     lines, paths = [], []

@@ -10,7 +10,7 @@ from . import conditions, pictures, variance_tables
 from .grid import read
 from .methods import IDEAS, WORDS
 from .stats import interval
-from .tables import compare, line, section, words
+from .tables import add_speed_and_frontier, compare, line, section, words
 
 MARKS = "<!-- made by scripts/benchmark.py tables -->", "<!-- end of what it made -->"
 OVERHEAD = "overhead_quickstart_cpu.json"
@@ -68,13 +68,15 @@ def fill(page: Path, title: str, lines: list[str]) -> Path:
 def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     """Write `results.md` and `conditions.md` of the folder `docs`, and the plots; returns the paths."""
     docs.mkdir(parents=True, exist_ok=True)
-    records, paths, rows_of = read(raw, "convergence"), [], {}
+    records, paths, compared, rows_of = read(raw, "convergence"), [], {}, {}
     parts: dict[str, list[str]] = {"variance": [], "convergence": []}
     for task in dict.fromkeys(record["cell"]["task"] for record in records):
-        rows = compare(records, task)
+        compared[task] = compare(records, task)
+        rows = [row for row in compared[task] if row["method"] != "plain" or row["itself"]]
         if not rows:
             print(f"{task}: plain AdamW has no reported runs yet, so there is nothing to compare with.")
             continue
+        add_speed_and_frontier(rows, records, task)
         rows_of[task] = rows
         paths.append(docs / f"convergence_{task}.png")
         pictures.draw(records, rows, task, paths[-1])
@@ -104,7 +106,7 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         "",
     ]
     pages = [fill(docs / "results.md", "Results", lines)]
-    lines, plots = conditions.lines_of(raw, docs)
+    lines, plots = conditions.lines_of(raw, docs, compared)
     if lines:
         pages.append(fill(docs / "conditions.md", "Other conditions", lines))
     return [*pages, *paths, *plots]

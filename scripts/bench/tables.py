@@ -33,19 +33,17 @@ def _samples(by_seed: dict[int, dict], seeds: list[int], figure: str) -> np.ndar
     return np.array([by_seed[seed]["samples"].get(figure, math.nan) for seed in seeds])
 
 
-def compare(records: list[dict], task: str, beside: bool = False) -> list[dict]:
+def compare(records: list[dict], task: str) -> list[dict]:
     """One row of figures a method, in the order of METHODS; empty where plain AdamW is not there.
 
-    Args:
-        beside: rows also for plain AdamW at the other rates at which it was reported.
+    Plain AdamW has a row for each rate at which it was reported; that of its best has "itself" set.
     """
     runs, rows = reported(records, task), []
     rates = {name: losses_by_rate(records, task, name) for name in METHODS}
     best = {name: best_rate(losses) for name, losses in rates.items() if losses}
     plain = runs.get(("plain", best["plain"][0]), {}) if "plain" in best else {}
-    entries = {(name, best[name][0]): best[name][1] for name in METHODS if name in best}
-    if beside:
-        entries = {key: False for key in sorted(runs) if key[0] == "plain"} | entries
+    entries = {key: False for key in sorted(runs) if key[0] == "plain"}
+    entries |= {(name, best[name][0]): best[name][1] for name in METHODS if name in best}
     for (name, lr), edge in entries.items():
         own = runs.get((name, lr), {})
         seeds = sorted(own.keys() & plain.keys())
@@ -67,16 +65,6 @@ def compare(records: list[dict], task: str, beside: bool = False) -> list[dict]:
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
         for figure in ("gold", "kl", "forgotten"):
             row[figure] = _samples(own, seeds, figure).mean()
-        row["frontier"] = None if name == "plain" else frontier(runs, own, seeds)
-        mean = np.mean([np.array(run["curve"]["loss"], float) for run in theirs], 0)
-        for at in SHARES:
-            steps = theirs[0]["curve"]["step"]
-            target = float(np.interp(at * steps[-1], [0, *steps], [START, *mean]))
-            if target >= START:  # plain has learned nothing yet
-                row[at] = math.nan, None, 0
-                continue
-            needed, reached = zip(*(steps_to(run["curve"], target) for run in mine))
-            row[at] = *ratio_of_sums(needed, [steps_to(run["curve"], target)[0] for run in theirs]), sum(reached)
         measured = [run["nspo2"] for run in mine if "variance_reduction" in run["nspo2"] and name not in UNFILTERED]
         row["removed"] = [figures["variance_reduction"] for figures in measured]
         row["rank"] = statistics.fmean(figures["rank"] for figures in measured) if measured else None
@@ -87,6 +75,26 @@ def compare(records: list[dict], task: str, beside: bool = False) -> list[dict]:
     for row, corrected in zip(tested, adjusted([p_value(row["apart"]) for row in tested])):
         row["corrected"] = corrected
     return rows
+
+
+def add_speed_and_frontier(rows: list[dict], records: list[dict], task: str) -> None:
+    """Into rows of [`compare`]: steps to plain's loss at SHARES of its run, gold score at plain's KL."""
+    runs = reported(records, task)
+    plain = next(runs["plain", row["lr"]] for row in rows if row["itself"])
+    for row in rows:
+        own = runs[row["method"], row["lr"]]
+        seeds = sorted(own.keys() & plain.keys())
+        curves, theirs = ([part[seed]["curve"] for seed in seeds] for part in (own, plain))
+        row["frontier"] = None if row["method"] == "plain" else frontier(runs, own, seeds)
+        mean = np.mean([np.array(curve["loss"], float) for curve in theirs], 0)
+        for at in SHARES:
+            steps = theirs[0]["step"]
+            target = float(np.interp(at * steps[-1], [0, *steps], [START, *mean]))
+            if target >= START:  # plain has learned nothing yet
+                row[at] = math.nan, None, 0
+                continue
+            needed, reached = zip(*(steps_to(curve, target) for curve in curves))
+            row[at] = *ratio_of_sums(needed, [steps_to(curve, target)[0] for curve in theirs]), sum(reached)
 
 
 def frontier(runs: dict, own: dict[int, dict], seeds: list[int], but: float | None = None):
