@@ -15,7 +15,7 @@ from conftest import ROOT
 from test_lean import NSPO2, make
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import convergence, grid, lean, methods, results, stats, studies, tables, tasks
+from bench import conditions, convergence, grid, judge, lean, methods, results, stats, studies, tables, tasks
 
 COMMON = {"study": "s", "task": "quickstart", "steps": 20, "held_out": 300, "samples": 200}
 
@@ -237,6 +237,29 @@ def test_the_committed_page_is_made_of_the_committed_files(tmp_path):
         assert (tmp_path / page.name).read_text() == page.read_text(), "run `python scripts/benchmark.py tables`"
     total = sum(path.stat().st_size for path in (ROOT / "benchmarks").rglob("*.json"))
     assert total < 5e6, "raw files shall stay small"
+
+
+def test_what_a_model_could_before_is_compared_with_plain(tmp_path):
+    able = judge.skills(["One day, Ada met Finn at school."], [" Ada shared the kite with Finn. Bea of was sad."])
+    assert able == {"grammar": 0.5, "memory": 0.5}  # Ada and Finn are remembered; the kite and Bea are new
+    assert judge.skills(["Ada had a red kite."], [" It began to rain."]) == {"grammar": 1.0, "memory": 0.0}
+    records = [entry | {"cell": entry["cell"] | {"study": "kept-0.1"}} for entry in study()]
+    for entry in records:
+        method = {"keep": "retain"}.get(entry["cell"]["method"], entry["cell"]["method"])
+        entry["cell"]["method"], before = method, {"grammar": 0.9, "memory": 0.8}
+        memory = 0.7 + 0.01 * entry["cell"]["seed"] + (0.05 if method == "retain" else 0)
+        if entry["samples"]:
+            entry["samples"] |= {"skills": {"grammar": 0.95, "memory": memory}, "skills_before": before}
+    save(records, tmp_path)
+    text = "\n".join(conditions.lines_of(tmp_path, tmp_path, {})[0])
+    row = "| `retain` | 0.004 (at the edge of the grid) | 3.00 | 0.950 | +0.000 [+0.000, +0.000]"
+    assert f"| `kept-0.1` | quickstart {row} | 0.795 | +0.050 [+0.050, +0.050] |" in text
+    assert "prompt has too (0.800)" in text
+    assert "| `plain` | 0.002 | 2.00 | 0.950 |  | 0.745 |  |" in text
+    for entry in records:
+        entry["samples"].pop("skills", None)
+    save(records, tmp_path)
+    assert "second skill" not in "\n".join(conditions.lines_of(tmp_path, tmp_path, {})[0])
 
 
 def test_diverged_runs_are_not_hidden():

@@ -63,6 +63,26 @@ def details(found: dict[tuple[str, str], list[dict]]) -> list[str]:
     return [*lines, ""]
 
 
+def skills(found: dict[tuple[str, str], list[dict]]) -> list[str]:
+    """What the model could before, of the rows where it was measured."""
+    shown = [(study, task, row) for (study, task), rows in found.items() for row in rows if row["skills"]]
+    if not shown:
+        return []
+    able = {name: figures[-1] for name, figures in shown[0][2]["skills"].items()}
+    about = f"""A second skill that no pair is about and that every answer needs, in the samples: grammar is the share
+of sentences that the grammar of the stories could have written ({able["grammar"]:.3f} in those of the reference),
+memory the share of names and things that the prompt has too ({able["memory"]:.3f})."""
+    head = ["conditions", "task", "method", "rate", "gold score"]
+    head += [part for name in able for part in (name, "less plain's [95 %]")]
+    lines = [line(head), "|---" * len(head) + "|"]
+    for study, task, row in shown:
+        figures = [f"{row['gold']:.2f}"]
+        for share, apart, bounds, _ in row["skills"].values():
+            figures += [f"{share:.3f}", "" if row["itself"] else words(apart, bounds, "+.3f")]
+        lines.append(line([f"`{study}`", task, f"`{row['method']}`", rate(row), *figures]))
+    return [about, "", *lines, ""]
+
+
 def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """One panel a study and task: each method's difference to plain with its interval."""
     across = min(4, len(found))
@@ -135,6 +155,8 @@ def lines_of(raw: Path, docs: Path, convergence: dict[str, list[dict]]) -> tuple
             lines += ["Held-out loss against plain AdamW's:", "", *overview(found), JUDGED, ""]
         what = "gold score and what was forgotten" if topic == "kept" else "differences to plain AdamW"
         lines += [f"![{TITLES[topic]}: {what}]({paths[-1].name})", "", *details(found)]
+        if topic == "kept":
+            lines += skills(found)
         if topic != "regimes":
             lines += ["The methods:", "", *(f"- `{name}`: {WORDS[name]}" for name in methods), ""]
     return lines, paths

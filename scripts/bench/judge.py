@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from peft import PeftModel
@@ -25,20 +26,40 @@ UNHAPPY = frozenset(
 )
 
 
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z]+", text.lower())
+
+
 def stories_score(text: str) -> int:
     """Number of happy words less number of unhappy words."""
-    words = re.findall("[a-z]+", text.lower())
+    words = _words(text)
     return sum(word in HAPPY for word in words) - sum(word in UNHAPPY for word in words)
+
+
+def quickstart() -> ModuleType:
+    """The script that made the quick start's stories."""
+    spec = importlib.util.spec_from_file_location("quickstart_build", ROOT / "recipes/quickstart/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def gold_score(task: str) -> Callable[[str], int]:
     """The score that the pairs of a task were made with."""
-    if task == "stories":
-        return stories_score
-    spec = importlib.util.spec_from_file_location("quickstart_build", ROOT / "recipes/quickstart/build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.gold_score
+    return stories_score if task == "stories" else quickstart().gold_score
+
+
+def skills(prompts: list[str], answers: list[str]) -> dict[str, float]:
+    """What the quick start's model could before, in the answers that are preferred or not, and that no pair is about.
+
+    `grammar` is the share of the sentences that the grammar could have written. `memory` is the share of the names
+    and things in the answers that their prompts have: in the stories it was trained on, all.
+    """
+    made = quickstart()
+    known = {*(name.lower() for name in made.GIRLS + made.BOYS), *made.SLOTS["thing"]}
+    pairs = ((_words(prompt), _words(answer)) for prompt, answer in zip(prompts, answers))
+    found = [word in prompt for prompt, answer in pairs for word in answer if word in known]
+    return {"grammar": made.well_formed(prompts, answers), "memory": sum(found) / max(len(found), 1)}
 
 
 @contextmanager
@@ -76,17 +97,23 @@ def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> 
     """Gold score of samples, and KL between the model p and its reference q, of whole answers, in nats.
 
     `kl` is KL(p|q), the mean of log p - log q over the model's samples. `forgotten` is KL(q|p), the mean of
-    log q - log p over the reference's: how unlikely what it used to write has become.
+    log q - log p over the reference's: how unlikely what it used to write has become. The quick start has [`skills`].
     """
     llama, score = PackedLlama(trainer.model), gold_score(task)
     prompts = [pair.prompt for pair in data.held_out[:number]]
     longest = longest_answer(data.train + data.held_out)
     drawn, known = (draw(trainer, prompts, longest, seed=0, adapted=adapted) for adapted in (True, False))
     own, old = (lean.log_probs(llama, pairs) - lean.log_probs(llama, pairs, False) for pairs in (drawn, known))
-    texts = trainer.processing_class.batch_decode([pair.chosen for pair in drawn], skip_special_tokens=True)
+    texts, before, beginnings = (
+        trainer.processing_class.batch_decode(part, skip_special_tokens=True)
+        for part in ([pair.chosen for pair in drawn], [pair.chosen for pair in known], prompts)
+    )
     scores = torch.tensor([float(score(text)) for text in texts])
     end = trainer.processing_class.eos_token_id
-    return {
+    able = {}
+    if task == "quickstart":
+        able = {"skills": skills(beginnings, texts), "skills_before": skills(beginnings, before)}
+    return able | {
         "gold": scores.mean().item(),
         "kl": own[0].mean().item(),
         "forgotten": -old[0].mean().item(),

@@ -33,6 +33,18 @@ def _samples(by_seed: dict[int, dict], seeds: list[int], figure: str) -> np.ndar
     return np.array([by_seed[seed]["samples"].get(figure, math.nan) for seed in seeds])
 
 
+def _skills(own: dict[int, dict], plain: dict[int, dict], seeds: list[int]) -> dict[str, tuple]:
+    """By skill: mean, difference to plain with its interval, mean before training; empty where not measured."""
+    samples = [(own[seed]["samples"], plain[seed]["samples"]) for seed in seeds]
+    if not all("skills" in part for pair in samples for part in pair):
+        return {}
+    found = {}
+    for name, before in samples[0][0]["skills_before"].items():
+        mine, theirs = (np.array([part["skills"][name] for part in side]) for side in zip(*samples))
+        found[name] = mine.mean(), (mine - theirs).mean(), interval(mine - theirs), before
+    return found
+
+
 def compare(records: list[dict], task: str) -> list[dict]:
     """One row of figures a method, in the order of METHODS; empty where plain AdamW is not there.
 
@@ -65,6 +77,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
         for figure in ("gold", "kl", "forgotten"):
             row[figure] = _samples(own, seeds, figure).mean()
+        row["skills"] = _skills(own, plain, seeds)
         measured = [run["nspo2"] for run in mine if "variance_reduction" in run["nspo2"] and name not in UNFILTERED]
         row["removed"] = [figures["variance_reduction"] for figures in measured]
         row["rank"] = statistics.fmean(figures["rank"] for figures in measured) if measured else None
