@@ -43,7 +43,8 @@ def build(
 ) -> NSPO2DPOTrainer:
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
-    assert model_args.model_name_or_path is not None  # `parse` asks for it
+    model = model_args.model_name_or_path
+    assert model is not None  # `parse` asks for it
     if not isinstance(args.model_init_kwargs, (dict, type(None))):
         raise ValueError(f"`model_init_kwargs` must be a mapping, got {args.model_init_kwargs!r}.")
     args.model_init_kwargs = {
@@ -54,14 +55,21 @@ def build(
         **(args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = splits(script_args, args, mixture)
-    trainer = NSPO2DPOTrainer(
-        model_args.model_name_or_path,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = NSPO2DPOTrainer(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except OSError as error:
+        if os.path.isdir(model):
+            raise
+        raise OSError(
+            f"`model_name_or_path`: there is no folder {model!r}, and as a hub id it could not be loaded. {error}"
+        ) from error
     tell_of_long_rows(trainer.train_dataset, args)
     for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
         if isinstance(dataset, Sized) and len(dataset) == 0:

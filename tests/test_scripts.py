@@ -151,6 +151,7 @@ def test_model_options_reach_the_model(tmp_path):
         ),
         (["--output_dir", "README.md/out"], "`output_dir` 'README.md/out' cannot be made in "),
         (["--model_name_or_path", "./nowhere"], "`model_name_or_path`: there is no folder './nowhere'"),
+        (["--model_name_or_path", "nowhere"], "`model_name_or_path`: there is no folder 'nowhere', and as a hub id"),
         (["--config", "recipes/none.yaml"], "there is no recipe 'recipes/none.yaml'"),
     ],
 )
