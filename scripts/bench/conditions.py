@@ -12,7 +12,7 @@ import numpy as np
 
 from .grid import read
 from .methods import WORDS
-from .pictures import OURS, PEER, PLAIN, colour
+from .pictures import PLAIN, colour
 from .studies import CORE, STUDIES
 from .tables import JUDGED, compare, difference, line, rate, removed, words
 
@@ -47,7 +47,7 @@ def overview(found: dict[tuple[str, str], list[dict]]) -> list[str]:
     names = [name for name in CORE if name != "plain"]
     lines = [line(["conditions", "task", *(f"`{name}`" for name in names)]), "|---" * (2 + len(names)) + "|"]
     for (study, task), rows in found.items():
-        cells = {row["method"]: outcome(row) for row in rows}
+        cells = {row["method"]: outcome(row) for row in rows if row["chosen"]}
         lines.append(line([f"`{study}`", task, *(cells.get(name, "") for name in names)]))
     return [*lines, ""]
 
@@ -94,7 +94,7 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
         panel.remove()
     for panel, ((study, task), rows) in zip(panels, found.items()):
         shown = [row for row in rows if not row["itself"] and np.isfinite(row["gap"][0])]
-        labels = [f"plain at {row['lr']:g}" if row["method"] == "plain" else row["method"] for row in shown]
+        labels = [row["method"] + ("" if row["chosen"] else f" at {row['lr']:g}") for row in shown]
         for height, row in enumerate(shown):
             value, bounds = row["gap"]
             panel.plot(100 * value, height, "o", color=colour(row["method"]), markersize=4)
@@ -113,22 +113,30 @@ def draw(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
 
 
 def draw_kept(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
-    """Gold score against what was forgotten, a panel a task: up and to the left is better."""
+    """Gold score against what was forgotten and the second skill, a row a task: up, left and then right is better."""
     tasks = list(dict.fromkeys(task for _, task in found))
-    figure, panels = plt.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.4), layout="constrained", squeeze=False)
-    colours = {"plain": PLAIN, "retain": OURS, "replay": PEER}
-    for panel, task in zip(panels[0], tasks):
-        for (study, own), rows in found.items():
-            for row in rows if own == task else []:
-                look = {"color": colours[row["method"]], "markersize": 5}
-                label = f"{row['method']}, {study.removeprefix('kept-')}, {row['lr']:g}"
-                panel.plot(row["forgotten"], row["gold"], "o", **look)
-                panel.annotate(label, (row["forgotten"], row["gold"]), (4, 3), textcoords="offset points", size=6)
-        panel.set_title(f"{task}: method, beta, learning rate", fontsize=9)
-        panel.set_xlabel("forgotten: mean of log p of the reference - log p over its answers, nats", fontsize=8)
-        panel.set_ylabel("gold score", fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.2)
+    methods = dict.fromkeys(row["method"] for rows in found.values() for row in rows)
+    colours = dict(zip(methods, (PLAIN, *plt.get_cmap("tab10").colors)))
+    panels_of = {"forgotten": "forgotten: mean of log p of the reference - log p over its answers, nats"}
+    panels_of |= {"grammar": "share of sentences within the grammar", "memory": "share of names and things remembered"}
+    figure, panels = plt.subplots(
+        len(tasks), 3, figsize=(14, 4.4 * len(tasks)), layout="constrained", squeeze=False, sharey="row"
+    )
+    for across, task in zip(panels, tasks):
+        for panel, (what, label) in zip(across, panels_of.items()):
+            for (study, own), rows in found.items():
+                for row in rows if own == task else []:
+                    place = row["forgotten"] if what == "forgotten" else row["skills"].get(what, [np.nan])[0]
+                    if np.isfinite([place, row["gold"]]).all():
+                        panel.plot(place, row["gold"], "o", color=colours[row["method"]], markersize=5)
+                        text = f"{study.removeprefix('kept-')}, {row['lr']:g}"
+                        panel.annotate(text, (place, row["gold"]), (4, 3), textcoords="offset points", size=6)
+            panel.set_xlabel(label, fontsize=8)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(alpha=0.2)
+        across[0].set_ylabel(f"{task}: gold score", fontsize=8)
+    dots = [plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in methods]
+    figure.legend(handles=dots, loc="outside upper center", ncols=len(dots), fontsize=8, title="beta, learning rate")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

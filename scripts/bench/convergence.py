@@ -114,7 +114,7 @@ def run(argv: list[str]) -> int:
             if left:
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
             records = grid.read(options.raw, options.study)
-            cells = grid.report_cells(common, records, methods, options.report_seeds)
+            cells = grid.report_cells(common, records, methods, options.report_seeds, study.get("also", ()))
             go(cells, f"{task}, reported runs")
     _say_next(options.raw)
     return failed

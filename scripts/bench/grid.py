@@ -71,16 +71,20 @@ def beyond(losses: dict[float, float]) -> list[float]:
     return [float(f"{rate * (0.5 if rate == min(losses) else 2):g}")] if edge else []
 
 
-def report_cells(common: dict, records: list[dict], methods: list[str], seeds: int) -> list[dict]:
-    """Each method at its best rate; plain AdamW also at the rates of the others and at half and double its own."""
+def report_cells(
+    common: dict, records: list[dict], methods: list[str], seeds: int, also: Iterable[float] = ()
+) -> list[dict]:
+    """Each method at its best rate and those of `also`.
+
+    Plain AdamW also at the rates of the others and at half and double its own.
+    """
     losses = {method: losses_by_rate(records, common["task"], method) for method in methods}
-    rates = {method: [best_rate(found)[0]] for method, found in losses.items() if found}
+    rates = {method: {best_rate(found)[0], *also} for method, found in losses.items() if found}
     if "plain" in rates:
-        best = rates["plain"][0]
-        rates["plain"] = sorted({best / 2, best * 2}.union(*rates.values()))
-    cells = [
-        common | {"method": name, "lr": float(f"{lr:g}"), "role": "report"} for name in rates for lr in rates[name]
-    ]
+        best = best_rate(losses["plain"])[0]
+        rates["plain"] = {best / 2, best * 2}.union(*rates.values())
+    pairs = [(name, float(f"{lr:g}")) for name in rates for lr in sorted(rates[name])]
+    cells = [common | {"method": name, "lr": lr, "role": "report"} for name, lr in pairs]
     return [cell | {"seed": seed} for seed in range(seeds) for cell in cells]
 
 

@@ -72,7 +72,7 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     parts: dict[str, list[str]] = {"variance": [], "convergence": []}
     for task in dict.fromkeys(record["cell"]["task"] for record in records):
         compared[task] = compare(records, task)
-        rows = [row for row in compared[task] if row["method"] != "plain" or row["itself"]]
+        rows = [row for row in compared[task] if row["chosen"]]
         if not rows:
             print(f"{task}: plain AdamW has no reported runs yet, so there is nothing to compare with.")
             continue

@@ -46,24 +46,24 @@ def _skills(own: dict[int, dict], plain: dict[int, dict], seeds: list[int]) -> d
 
 
 def compare(records: list[dict], task: str) -> list[dict]:
-    """One row of figures a method, in the order of METHODS; empty where plain AdamW is not there.
+    """Rows of figures, one for each method and rate that was reported; empty where plain AdamW is not there.
 
-    Plain AdamW has a row for each rate at which it was reported; that of its best has "itself" set.
+    In the order of METHODS, then of rates. "chosen" are those at the rates that the choosing seeds picked, "itself" is
+    that of plain AdamW, which all are compared with.
     """
     runs, rows = reported(records, task), []
     rates = {name: losses_by_rate(records, task, name) for name in METHODS}
     best = {name: best_rate(losses) for name, losses in rates.items() if losses}
     plain = runs.get(("plain", best["plain"][0]), {}) if "plain" in best else {}
-    entries = {key: False for key in sorted(runs) if key[0] == "plain"}
-    entries |= {(name, best[name][0]): best[name][1] for name in METHODS if name in best}
-    for (name, lr), edge in entries.items():
-        own = runs.get((name, lr), {})
+    order = {name: place for place, name in enumerate(best)}
+    for name, lr in sorted((key for key in runs if key[0] in order), key=lambda key: (order[key[0]], key[1])):
+        own, chosen = runs[name, lr], lr == best[name][0]
         seeds = sorted(own.keys() & plain.keys())
         if not seeds:
             continue
         mine, theirs = [own[seed] for seed in seeds], [plain[seed] for seed in seeds]
         losses, others = (np.array([final_loss(run) for run in part]) for part in (mine, theirs))
-        row = {"method": name, "lr": lr, "edge": edge, "seeds": len(seeds)}
+        row = {"method": name, "lr": lr, "chosen": chosen, "edge": chosen and best[name][1], "seeds": len(seeds)}
         bounds, level = interval(losses - others), others.mean()
         share = (losses - others).mean() / level, bounds and (bounds[0] / level, bounds[1] / level)
         row |= {"loss": losses.mean(), "apart": losses - others, "interval": bounds, "gap": share}
