@@ -158,6 +158,14 @@ def well_formed(prompts: list[str], continuations: list[str]) -> float:
     return good / total
 
 
+def remembered(prompts: list[str], continuations: list[str]) -> float:
+    """Share of the names and things in the continuations that their prompts have; in the grammar's stories all."""
+    known = {*(name.lower() for name in GIRLS + BOYS), *SLOTS["thing"]}
+    pairs = zip(*([re.findall("[a-z]+", text.lower()) for text in part] for part in (prompts, continuations)))
+    found = [word in prompt for prompt, continuation in pairs for word in continuation if word in known]
+    return sum(found) / max(len(found), 1)
+
+
 def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE learnt from the stories; it puts <s> before a text and leaves </s> to the caller."""
     tokenizer = Tokenizer(models.BPE())

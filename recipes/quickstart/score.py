@@ -1,8 +1,9 @@
-"""Show what preference training did: the gold score of fresh samples before and after.
+"""Show what preference training did: the gold score of fresh samples before and after, and what it cost.
 
 Loads the quick start's base model and a LoRA adapter trained on it, lets both continue the same prompts of the test
-split at temperature 1 from the same seed, and prints the mean gold score of each with its standard error, and a few
-of the continuations.
+split at temperature 1 from the same seed, and prints the mean gold score of each with its standard error, which share
+of their sentences the grammar could have written, which share of their names and things the prompt has, and a few of
+the continuations.
 
     python recipes/quickstart/score.py ADAPTER_DIR [--num_prompts 200] [--seed 0]
 """
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from build import gold_score, sample
+from build import gold_score, remembered, sample, well_formed
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,11 +43,16 @@ def main() -> None:
         torch.manual_seed(args.seed)
         samples[name] = sample(model, tokenizer, prompts, desc=f"sampling {name}")
 
-    print(f"\n{'':8}{'mean gold score':>16}{'standard error':>16}{'samples':>9}")
+    print(f"\n{'':8}{'mean gold score':>16}{'standard error':>16}{'samples':>9}{'grammar':>9}{'memory':>8}")
     for name, texts in samples.items():
-        scores = [gold_score(text) for text in texts if text is not None]
+        begun, ended = zip(*((prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text is not None))
+        scores = [gold_score(text) for text in ended]
         error = statistics.stdev(scores) / len(scores) ** 0.5
-        print(f"{name:8}{statistics.mean(scores):>16.2f}{error:>16.2f}{len(scores):>9}")
+        kept = f"{well_formed(begun, ended):>9.2f}{remembered(begun, ended):>8.2f}"
+        print(f"{name:8}{statistics.mean(scores):>16.2f}{error:>16.2f}{len(scores):>9}{kept}")
+    print(
+        "grammar: share of sentences that could be in the stories; memory: of names and things that are in the prompt"
+    )
     for index, prompt in enumerate(prompts[:3]):
         print(f"\nprompt: {prompt}")
         for name, texts in samples.items():

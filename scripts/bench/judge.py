@@ -26,13 +26,9 @@ UNHAPPY = frozenset(
 )
 
 
-def _words(text: str) -> list[str]:
-    return re.findall("[a-z]+", text.lower())
-
-
 def stories_score(text: str) -> int:
     """Number of happy words less number of unhappy words."""
-    words = _words(text)
+    words = re.findall("[a-z]+", text.lower())
     return sum(word in HAPPY for word in words) - sum(word in UNHAPPY for word in words)
 
 
@@ -56,10 +52,7 @@ def skills(prompts: list[str], answers: list[str]) -> dict[str, float]:
     and things in the answers that their prompts have: in the stories it was trained on, all.
     """
     made = quickstart()
-    known = {*(name.lower() for name in made.GIRLS + made.BOYS), *made.SLOTS["thing"]}
-    pairs = ((_words(prompt), _words(answer)) for prompt, answer in zip(prompts, answers))
-    found = [word in prompt for prompt, answer in pairs for word in answer if word in known]
-    return {"grammar": made.well_formed(prompts, answers), "memory": sum(found) / max(len(found), 1)}
+    return {"grammar": made.well_formed(prompts, answers), "memory": made.remembered(prompts, answers)}
 
 
 @contextmanager
