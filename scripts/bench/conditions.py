@@ -72,11 +72,11 @@ def skills(found: dict[tuple[str, str], list[dict]]) -> list[str]:
     about = f"""A second skill that no pair is about and that every answer needs, in the samples: grammar is the share
 of sentences that the grammar of the stories could have written ({able["grammar"]:.3f} in those of the reference),
 memory the share of names and things that the prompt has too ({able["memory"]:.3f})."""
-    head = ["conditions", "task", "method", "rate", "gold score"]
-    head += [part for name in able for part in (name, "less plain's [95 %]")]
+    head = ["conditions", "task", "method", "rate"]
+    head += [part for name in ("gold score", *able) for part in (name, "less plain's [95 %]")]
     lines = [line(head), "|---" * len(head) + "|"]
     for study, task, row in shown:
-        figures = [f"{row['gold']:.2f}"]
+        figures = [f"{row['gold']:.2f}", "" if row["itself"] else words(*row["gold_apart"], "+.2f")]
         for share, apart, bounds, _ in row["skills"].values():
             figures += [f"{share:.3f}", "" if row["itself"] else words(apart, bounds, "+.3f")]
         lines.append(line([f"`{study}`", task, f"`{row['method']}`", rate(row), *figures]))

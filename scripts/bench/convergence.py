@@ -114,7 +114,9 @@ def run(argv: list[str]) -> int:
             if left:
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
             records = grid.read(options.raw, options.study)
-            cells = grid.report_cells(common, records, methods, options.report_seeds, study.get("also", ()))
+            first = study.get("first", 0)
+            seeds = range(first, first + options.report_seeds)
+            cells = grid.report_cells(common, records, methods, seeds, study.get("also", ()))
             go(cells, f"{task}, reported runs")
     _say_next(options.raw)
     return failed

@@ -72,7 +72,7 @@ def beyond(losses: dict[float, float]) -> list[float]:
 
 
 def report_cells(
-    common: dict, records: list[dict], methods: list[str], seeds: int, also: Iterable[float] = ()
+    common: dict, records: list[dict], methods: list[str], seeds: Iterable[int], also: Iterable[float] = ()
 ) -> list[dict]:
     """Each method at its best rate and those of `also`.
 
@@ -85,7 +85,7 @@ def report_cells(
         rates["plain"] = {best / 2, best * 2}.union(*rates.values())
     pairs = [(name, float(f"{lr:g}")) for name in rates for lr in sorted(rates[name])]
     cells = [common | {"method": name, "lr": lr, "role": "report"} for name, lr in pairs]
-    return [cell | {"seed": seed} for seed in range(seeds) for cell in cells]
+    return [cell | {"seed": seed} for seed in seeds for cell in cells]
 
 
 def wanted(cell: dict, only: dict[str, list[str]]) -> bool:
