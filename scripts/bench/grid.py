@@ -144,9 +144,9 @@ def missing(raw: Path, cells: list[dict]) -> list[dict]:
 def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: int, label: str, run=_run) -> int:
     """Run the cells that have no file, `workers` at a time with one thread each; returns how many failed.
 
-    What failed is named at the end and leaves no file, so that the next call tries it again.
+    What fails is named at once and leaves no file, so that the next call tries it again.
     """
-    todo, failed, start = missing(raw, cells), [], time.perf_counter()
+    todo, failed, start = missing(raw, cells), 0, time.perf_counter()
     if not todo:
         print(f"{label}: all {len(cells)} cells are in {raw}; to run them anew give another folder with `--raw`.")
         return 0
@@ -158,21 +158,22 @@ def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: i
         futures = {pool.submit(run, cell, folders[cell["task"]]): cell for cell in todo}
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                cell = futures[future]
-                if future.exception() is None:
-                    write(path_of(raw, cell), future.result())
+                path, error = path_of(raw, futures[future]), future.exception()
+                if error is None:
+                    write(path, future.result())
                 else:
-                    failed.append((cell, future.exception()))
+                    failed += 1
+                    print(f"failed: {path}: {type(error).__name__}: {error}", flush=True)
                 left = (time.perf_counter() - start) / done * (len(todo) - done)
                 text = f"{label}: {len(cells) - len(todo) + done} of {len(cells)}, {left / 60:.0f} min left"
                 progress.update(task, advance=1, description=text)
                 if not console.is_terminal:
-                    print(f"{text} ({path_of(raw, cell).name})", flush=True)
+                    print(f"{text} ({path.name})", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 child.terminate()
             raise SystemExit("Stopped. Finished cells are kept: the same command goes on.") from None
-    for cell, error in failed:
-        print(f"failed: {path_of(raw, cell)}: {type(error).__name__}: {error}")
-    return len(failed)
+    if failed:
+        print(f"{label}: {failed} of {len(todo)} cells failed, see above; the same command tries them again.")
+    return failed
