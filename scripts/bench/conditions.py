@@ -73,10 +73,13 @@ def skills(found: dict[tuple[str, str], list[dict]]) -> list[str]:
 of sentences that the grammar of the stories could have written ({able["grammar"]:.3f} in those of the reference),
 memory the share of names and things that the prompt has too ({able["memory"]:.3f})."""
     head = ["conditions", "task", "method", "rate"]
-    head += [part for name in ("gold score", *able) for part in (name, "less plain's [95 %]")]
+    head += [part for name in ("gold score", "KL", *able) for part in (name, "less plain's [95 %]")]
     lines = [line(head), "|---" * len(head) + "|"]
     for study, task, row in shown:
-        figures = [f"{row['gold']:.2f}", "" if row["itself"] else words(*row["gold_apart"], "+.2f")]
+        figures = []
+        for name, form in (("gold", ".2f"), ("kl", ".1f")):
+            apart = "" if row["itself"] else words(*row["samples_apart"][name], f"+{form}")
+            figures += [f"{row[name]:{form}}", apart]
         for share, apart, bounds, _ in row["skills"].values():
             figures += [f"{share:.3f}", "" if row["itself"] else words(apart, bounds, "+.3f")]
         lines.append(line([f"`{study}`", task, f"`{row['method']}`", rate(row), *figures]))

@@ -77,8 +77,10 @@ def compare(records: list[dict], task: str) -> list[dict]:
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
         for figure in ("gold", "kl", "forgotten"):
             row[figure] = _samples(own, seeds, figure).mean()
-        apart = _samples(own, seeds, "gold") - _samples(plain, seeds, "gold")
-        row["gold_apart"] = apart.mean(), interval(apart)
+        row["samples_apart"] = {}
+        for figure in ("gold", "kl"):
+            apart = _samples(own, seeds, figure) - _samples(plain, seeds, figure)
+            row["samples_apart"][figure] = apart.mean(), interval(apart)
         row["skills"] = _skills(own, plain, seeds)
         measured = [run["nspo2"] for run in mine if "variance_reduction" in run["nspo2"] and name not in UNFILTERED]
         row["removed"] = [figures["variance_reduction"] for figures in measured]
