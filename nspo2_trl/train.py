@@ -65,7 +65,7 @@ def build(
             peft_config=get_peft_config(model_args),
         )
     except OSError as error:
-        if os.path.isdir(model):
+        if os.path.isdir(model) or error.errno is not None:  # of the disk
             raise
         raise OSError(
             f"`model_name_or_path`: there is no folder {model!r}, and as a hub id it could not be loaded. {error}"

@@ -249,14 +249,15 @@ def test_what_a_model_could_before_is_compared_with_plain(tmp_path):
         entry["cell"]["method"], before = method, {"grammar": 0.9, "memory": 0.8}
         memory = 0.7 + 0.01 * entry["cell"]["seed"] + (0.05 if method == "retain" else 0)
         if entry["samples"]:
-            entry["samples"] |= {"skills": {"grammar": 0.95, "memory": memory}, "skills_before": before}
+            grammar = 0.9 if method == "retain" else 0.95
+            entry["samples"] |= {"skills": {"grammar": grammar, "memory": memory}, "skills_before": before}
     save(records, tmp_path)
     text = "\n".join(conditions.lines_of(tmp_path, tmp_path, {})[0])
     row = "| `retain` | 0.004 (at the edge of the grid) | 3.00 | +1.00 [+1.00, +1.00] | 10.5 | +0.0 [+0.0, +0.0]"
-    row += " | 0.950 | +0.000 [+0.000, +0.000]"
+    row += " | nan | +nan | 0.900 | -0.050 [-0.050, -0.050]"
     assert f"| `kept-0.1` | quickstart {row} | 0.795 | +0.050 [+0.050, +0.050] |" in text
     assert "prompt has too (0.800)" in text
-    assert "| `plain` | 0.002 | 2.00 |  | 10.5 |  | 0.950 |  | 0.745 |  |" in text
+    assert "| `plain` | 0.002 | 2.00 |  | 10.5 |  | nan |  | 0.950 |  | 0.745 |  |" in text
     for entry in records:
         entry["samples"].pop("skills", None)
     save(records, tmp_path)

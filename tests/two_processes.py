@@ -90,7 +90,7 @@ def errors_of_all(train: Callable[[], object]) -> list[str]:
     mine = "none"
     try:
         train()
-    except OSError as error:
+    except Exception as error:
         mine = str(error)
     errors = [""] * dist.get_world_size()
     dist.all_gather_object(errors, mine)

@@ -73,11 +73,11 @@ def skills(found: dict[tuple[str, str], list[dict]]) -> list[str]:
 of sentences that the grammar of the stories could have written ({able["grammar"]:.3f} in those of the reference),
 memory the share of names and things that the prompt has too ({able["memory"]:.3f})."""
     head = ["conditions", "task", "method", "rate"]
-    head += [part for name in ("gold score", "KL", *able) for part in (name, "less plain's [95 %]")]
+    head += [part for name in ("gold score", "KL", "forgotten", *able) for part in (name, "less plain's [95 %]")]
     lines = [line(head), "|---" * len(head) + "|"]
     for study, task, row in shown:
         figures = []
-        for name, form in (("gold", ".2f"), ("kl", ".1f")):
+        for name, form in (("gold", ".2f"), ("kl", ".1f"), ("forgotten", ".1f")):
             apart = "" if row["itself"] else words(*row["samples_apart"][name], f"+{form}")
             figures += [f"{row[name]:{form}}", apart]
         for share, apart, bounds, _ in row["skills"].values():
@@ -139,7 +139,13 @@ def draw_kept(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
             panel.grid(alpha=0.2)
         across[0].set_ylabel(f"{task}: gold score", fontsize=8)
     dots = [plt.Line2D([], [], marker="o", linestyle="", color=colours[name], label=name) for name in methods]
-    figure.legend(handles=dots, loc="outside upper center", ncols=len(dots), fontsize=8, title="beta, learning rate")
+    figure.legend(
+        handles=dots,
+        loc="outside upper center",
+        ncols=len(dots),
+        fontsize=8,
+        title="beta (or again: 0.1, other seeds), learning rate",
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -164,7 +170,11 @@ def lines_of(raw: Path, docs: Path, convergence: dict[str, list[dict]]) -> tuple
         lines += [f"## {TITLES[topic]}", "", *(f"- `{study}`: {STUDIES[study]['words']}" for study in studies), ""]
         if topic == "regimes":
             lines += ["Held-out loss against plain AdamW's:", "", *overview(found), JUDGED, ""]
-        what = "gold score and what was forgotten" if topic == "kept" else "differences to plain AdamW"
+        what = (
+            "gold score against what was forgotten, grammar and memory"
+            if topic == "kept"
+            else "differences to plain AdamW"
+        )
         lines += [f"![{TITLES[topic]}: {what}]({paths[-1].name})", "", *details(found)]
         if topic == "kept":
             lines += skills(found)

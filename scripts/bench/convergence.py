@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rates", nargs="+", type=float, default=RATES)
     found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
     found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
-    found.add_argument("--report_seeds", type=int, default=grid.REPORT, help="how many, from 0 on")
+    found.add_argument("--report_seeds", type=int, default=grid.REPORT, help="how many")
     found.add_argument("--steps", type=int, default=STEPS, help="of a run, where the study has no more")
     found.add_argument("--held_out", type=int, default=300, help="pairs of every evaluation")
     found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")

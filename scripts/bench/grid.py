@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-SELECT, REPORT = [100, 101, 102], 10  # seeds that choose the rates; number of seeds (0, 1, …) that are reported
+SELECT, REPORT = [100, 101, 102], 10  # seeds that choose the rates; number of seeds that are reported
 
 
 def path_of(raw: Path, cell: dict) -> Path:

@@ -35,12 +35,13 @@ def _samples(by_seed: dict[int, dict], seeds: list[int], figure: str) -> np.ndar
 
 def _skills(own: dict[int, dict], plain: dict[int, dict], seeds: list[int]) -> dict[str, tuple]:
     """By skill: mean, difference to plain with its interval, mean before training; empty where not measured."""
-    samples = [(own[seed]["samples"], plain[seed]["samples"]) for seed in seeds]
-    if not all("skills" in part for pair in samples for part in pair):
+    sides = [[part[seed]["samples"] for seed in seeds] for part in (own, plain)]
+    known = [[found for found in side if "skills" in found] for side in sides]
+    if not all(known):
         return {}
     found = {}
-    for name, before in samples[0][0]["skills_before"].items():
-        mine, theirs = (np.array([part["skills"][name] for part in side]) for side in zip(*samples))
+    for name, before in known[0][0]["skills_before"].items():  # nan where a run diverged
+        mine, theirs = (np.array([run.get("skills", {}).get(name, math.nan) for run in side]) for side in sides)
         found[name] = mine.mean(), (mine - theirs).mean(), interval(mine - theirs), before
     return found
 
@@ -78,7 +79,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
         for figure in ("gold", "kl", "forgotten"):
             row[figure] = _samples(own, seeds, figure).mean()
         row["samples_apart"] = {}
-        for figure in ("gold", "kl"):
+        for figure in ("gold", "kl", "forgotten"):
             apart = _samples(own, seeds, figure) - _samples(plain, seeds, figure)
             row["samples_apart"][figure] = apart.mean(), interval(apart)
         row["skills"] = _skills(own, plain, seeds)
@@ -95,7 +96,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
 
 
 def add_speed_and_frontier(rows: list[dict], records: list[dict], task: str) -> None:
-    """Into rows of [`compare`]: steps to plain's loss at SHARES of its run, gold score at plain's KL."""
+    """Into rows of [`compare`]: steps to plain's loss at SHARES of its run, gold score less plain's at its KL."""
     runs = reported(records, task)
     plain = next(runs["plain", row["lr"]] for row in rows if row["itself"])
     for row in rows:
@@ -200,9 +201,9 @@ def gold_table(rows: list[dict]) -> list[str]:
 
 
 JUDGED = """They are called better or worse where the exact test that turns signs round has p < 0.05 also when
-corrected for the number of comparisons in the table (Benjamini and Hochberg), perhaps better or worse where only
-without that. Plain was reported at half and double its rate too, and at the rates of the others: what beats it only at
-the rate chosen for it has not won, and the table says so."""
+corrected for the number of comparisons in the table (Benjamini and Hochberg; plain's other rates are not), perhaps
+better or worse where only without that. Plain was reported at half and double its rate too, and at the rates of the
+others: what beats it only at the rate chosen for it has not won, and the table says so."""
 
 
 def power(rows: list[dict]) -> str:
