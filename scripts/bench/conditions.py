@@ -14,7 +14,7 @@ from .grid import read
 from .methods import WORDS
 from .pictures import PLAIN, colour
 from .studies import CORE, STUDIES
-from .tables import JUDGED, compare, difference, line, rate, removed, words
+from .tables import JUDGED, add_kept, compare, difference, line, rate, removed, words
 
 TITLES = {"regimes": "The map", "ideas": "Changes of the filter", "kept": "What is kept"}
 REGIMES = [name for name in STUDIES if name != "ideas" and not name.startswith("kept-")]
@@ -65,10 +65,10 @@ def details(found: dict[tuple[str, str], list[dict]]) -> list[str]:
 
 def skills(found: dict[tuple[str, str], list[dict]]) -> list[str]:
     """What the model could before, of the rows where it was measured."""
-    shown = [(study, task, row) for (study, task), rows in found.items() for row in rows if row["skills"]]
+    shown = [(study, task, row) for (study, task), rows in found.items() for row in rows if row["before"]]
     if not shown:
         return []
-    able = {name: figures[-1] for name, figures in shown[0][2]["skills"].items()}
+    able = shown[0][2]["before"]
     about = f"""A second skill that no pair is about and that every answer needs, in the samples: grammar is the share
 of sentences that the grammar of the stories could have written ({able["grammar"]:.3f} in those of the reference),
 memory the share of names and things that the prompt has too ({able["memory"]:.3f})."""
@@ -77,11 +77,9 @@ memory the share of names and things that the prompt has too ({able["memory"]:.3
     lines = [line(head), "|---" * len(head) + "|"]
     for study, task, row in shown:
         figures = []
-        for name, form in (("gold", ".2f"), ("kl", ".1f"), ("forgotten", ".1f")):
-            apart = "" if row["itself"] else words(*row["samples_apart"][name], f"+{form}")
-            figures += [f"{row[name]:{form}}", apart]
-        for share, apart, bounds, _ in row["skills"].values():
-            figures += [f"{share:.3f}", "" if row["itself"] else words(apart, bounds, "+.3f")]
+        for name, (value, apart, bounds) in row["kept"].items():
+            form = {"gold": ".2f", "kl": ".1f", "forgotten": ".1f"}.get(name, ".3f")
+            figures += [f"{value:{form}}", "" if row["itself"] else words(apart, bounds, f"+{form}")]
         lines.append(line([f"`{study}`", task, f"`{row['method']}`", rate(row), *figures]))
     return [about, "", *lines, ""]
 
@@ -129,7 +127,7 @@ def draw_kept(found: dict[tuple[str, str], list[dict]], path: Path) -> None:
         for panel, (what, label) in zip(across, panels_of.items()):
             for (study, own), rows in found.items():
                 for row in rows if own == task else []:
-                    place = row["forgotten"] if what == "forgotten" else row["skills"].get(what, [np.nan])[0]
+                    place = row["kept"].get(what, [np.nan])[0]
                     if np.isfinite([place, row["gold"]]).all():
                         panel.plot(place, row["gold"], "o", color=colours[row["method"]], markersize=5)
                         text = f"{study.removeprefix('kept-')}, {row['lr']:g}"
@@ -163,6 +161,8 @@ def lines_of(raw: Path, docs: Path, convergence: dict[str, list[dict]]) -> tuple
     for topic, found in topics.items():
         if not found:
             continue
+        if topic == "kept":
+            add_kept([row for rows in found.values() for row in rows])
         paths.append(docs / f"conditions_{topic}.png")
         (draw_kept if topic == "kept" else draw)(found, paths[-1])
         studies = dict.fromkeys(study for study, _ in found)

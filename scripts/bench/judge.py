@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -32,6 +33,7 @@ def stories_score(text: str) -> int:
     return sum(word in HAPPY for word in words) - sum(word in UNHAPPY for word in words)
 
 
+@cache
 def quickstart() -> ModuleType:
     """The script that made the quick start's stories."""
     spec = importlib.util.spec_from_file_location("quickstart_build", ROOT / "recipes/quickstart/build.py")

@@ -33,19 +33,6 @@ def _samples(by_seed: dict[int, dict], seeds: list[int], figure: str) -> np.ndar
     return np.array([by_seed[seed]["samples"].get(figure, math.nan) for seed in seeds])
 
 
-def _skills(own: dict[int, dict], plain: dict[int, dict], seeds: list[int]) -> dict[str, tuple]:
-    """By skill: mean, difference to plain with its interval, mean before training; empty where not measured."""
-    sides = [[part[seed]["samples"] for seed in seeds] for part in (own, plain)]
-    known = [[found for found in side if "skills" in found] for side in sides]
-    if not all(known):
-        return {}
-    found = {}
-    for name, before in known[0][0]["skills_before"].items():  # nan where a run diverged
-        mine, theirs = (np.array([run.get("skills", {}).get(name, math.nan) for run in side]) for side in sides)
-        found[name] = mine.mean(), (mine - theirs).mean(), interval(mine - theirs), before
-    return found
-
-
 def compare(records: list[dict], task: str) -> list[dict]:
     """Rows of figures, one for each method and rate that was reported; empty where plain AdamW is not there.
 
@@ -78,11 +65,7 @@ def compare(records: list[dict], task: str) -> list[dict]:
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
         for figure in ("gold", "kl", "forgotten"):
             row[figure] = _samples(own, seeds, figure).mean()
-        row["samples_apart"] = {}
-        for figure in ("gold", "kl", "forgotten"):
-            apart = _samples(own, seeds, figure) - _samples(plain, seeds, figure)
-            row["samples_apart"][figure] = apart.mean(), interval(apart)
-        row["skills"] = _skills(own, plain, seeds)
+        row["runs"] = mine, theirs
         measured = [run["nspo2"] for run in mine if "variance_reduction" in run["nspo2"] and name not in UNFILTERED]
         row["removed"] = [figures["variance_reduction"] for figures in measured]
         row["rank"] = statistics.fmean(figures["rank"] for figures in measured) if measured else None
@@ -93,6 +76,22 @@ def compare(records: list[dict], task: str) -> list[dict]:
     for row, corrected in zip(tested, adjusted([p_value(row["apart"]) for row in tested])):
         row["corrected"] = corrected
     return rows
+
+
+def add_kept(rows: list[dict]) -> None:
+    """Into rows of [`compare`]: what the samples show of what was kept, and the skills before training.
+
+    "kept" has for each figure its mean, the difference to plain and its interval; nan where a run diverged. "before"
+    is empty where the skills were not measured.
+    """
+    for row in rows:
+        mine, theirs = ([run["samples"] | run["samples"].get("skills", {}) for run in part] for part in row["runs"])
+        measured = [[run for run in part if "skills" in run] for part in (mine, theirs)]
+        row["before"] = measured[0][0]["skills_before"] if all(measured) else {}
+        row["kept"] = {}
+        for figure in ("gold", "kl", "forgotten", *row["before"]):
+            own, plain = (np.array([run.get(figure, math.nan) for run in part]) for part in (mine, theirs))
+            row["kept"][figure] = own.mean(), (own - plain).mean(), interval(own - plain)
 
 
 def add_speed_and_frontier(rows: list[dict], records: list[dict], task: str) -> None:
