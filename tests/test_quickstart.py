@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import MODEL, ROOT
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = ROOT / "recipes/quickstart"
@@ -79,6 +80,14 @@ def test_the_recipe_teaches_kindness(tmp_path):
 def test_score_refuses_a_folder_without_an_adapter(tmp_path):
     done = subprocess.run([sys.executable, str(FOLDER / "score.py"), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode != 0 and "holds no LoRA adapter" in done.stderr
+
+
+def test_score_says_when_too_few_samples_came_to_an_end(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained(tmp_path)
+    score = [sys.executable, str(FOLDER / "score.py"), str(tmp_path), "--num_prompts", "1"]
+    printed = subprocess.run(score, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"[01] of 1 samples came to an end; a score needs two at least", printed)) == 2
 
 
 def test_build_overwrites_nothing_unasked(tmp_path):

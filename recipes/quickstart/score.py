@@ -45,7 +45,11 @@ def main() -> None:
 
     print(f"\n{'':8}{'mean gold score':>16}{'standard error':>16}{'samples':>9}{'grammar':>9}{'memory':>8}")
     for name, texts in samples.items():
-        begun, ended = zip(*((prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text is not None))
+        done = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text is not None]
+        if len(done) < 2:
+            print(f"{name:8}{len(done)} of {len(prompts)} samples came to an end; a score needs two at least")
+            continue
+        begun, ended = zip(*done)
         scores = [gold_score(text) for text in ended]
         error = statistics.stdev(scores) / len(scores) ** 0.5
         kept = f"{well_formed(begun, ended):>9.2f}{remembered(begun, ended):>8.2f}"
