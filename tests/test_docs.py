@@ -244,6 +244,11 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
         exec(block, shared)
 
 
+def test_the_claims_are_the_same_in_the_readme():
+    claims = table("results.md", "claim", "published")
+    assert len(claims) == 4 and claims == table("../README.md", "claim", "published")
+
+
 # ---- the house ----
 
 
