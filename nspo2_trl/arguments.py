@@ -11,7 +11,7 @@ from typing import NoReturn
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-from .checkpoints import is_whole, last_checkpoint
+from .checkpoints import last_checkpoint, unreadable_file
 from .data import NSPO2ScriptArguments, nearest
 from .dpo_config import NSPO2DPOConfig
 
@@ -150,10 +150,10 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
     if str(wanted).lower() not in ("true", "yes", "last"):
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
-        if not is_whole(wanted):
+        if (name := unreadable_file(wanted)) is not None:
             raise ValueError(
-                f"`resume_from_checkpoint`: {wanted!r} was saved only in part, it has no readable trainer_state.json: "
-                "name an earlier one, or set `true` for the last whole one."
+                f"`resume_from_checkpoint`: {wanted!r} was saved only in part, it has no readable {name}: name an "
+                "earlier one, or set `true` for the last whole one."
             )
         return wanted
     if found is None:

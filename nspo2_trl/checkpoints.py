@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 # the first two are Trainer's; to import it takes seconds, which `nspo2 report` does not need (tests/test_canary.py)
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -21,13 +22,30 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; the message says where, why, and what to resume from."""
 
 
-def is_whole(checkpoint: str | os.PathLike) -> bool:
-    """Whether all of a checkpoint was written: Trainer writes `trainer_state.json` last."""
+def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
+    """The file that a checkpoint lacks or that ends too early, as after a loss of power; None if it is whole.
+
+    Trainer writes `trainer_state.json` last.
+    """
     try:
         json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
-        return False
-    return True
+        return TRAINER_STATE_NAME
+    for path in sorted(Path(checkpoint).glob("*.pt*")):  # also .pth
+        if not zipfile.is_zipfile(path):  # an archive's directory is at its end
+            return path.name
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):  # compares the size with the header's
+                pass
+        except (OSError, SafetensorError):
+            return path.name
+    return None
+
+
+def is_whole(checkpoint: str | os.PathLike) -> bool:
+    """Whether all of a checkpoint was written."""
+    return unreadable_file(checkpoint) is None
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:

@@ -8,10 +8,11 @@ import subprocess
 import pytest
 import torch
 from conftest import assert_same, trainable
+from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from nspo2_trl.checkpoints import CheckpointError, is_whole, last_checkpoint
+from nspo2_trl.checkpoints import CheckpointError, is_whole, last_checkpoint, unreadable_file
 
 
 def saving(make_trainer, **args):
@@ -150,6 +151,14 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
         torch.save({}, tmp_path / name / "optimizer.pt")
         if text:
             (tmp_path / name / "trainer_state.json").write_text(text)
+    for step, name in ((16, "optimizer.pt"), (18, "rng_state.pth"), (20, "adapter_model.safetensors")):
+        folder = tmp_path / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "checkpoint-10", folder)
+        write = save_file if name.endswith(".safetensors") else torch.save
+        write({"weight": torch.zeros(1000)}, folder / name)
+        assert is_whole(folder)
+        os.truncate(folder / name, 2000)
+        assert unreadable_file(folder) == name
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     shutil.rmtree(tmp_path / "checkpoint-10")
