@@ -25,14 +25,14 @@ class CheckpointError(OSError):
 def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
     """The file that a checkpoint lacks or that ends too early, as after a loss of power; None if it is whole.
 
-    Trainer writes `trainer_state.json` last.
+    Trainer writes `trainer_state.json` last. NSPO2's own state is not looked at: a run goes on without it.
     """
     try:
         json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
         return TRAINER_STATE_NAME
     for path in sorted(Path(checkpoint).glob("*.pt*")):  # also .pth
-        if not zipfile.is_zipfile(path):  # an archive's directory is at its end
+        if path.name != NSPO2_STATE_NAME and not zipfile.is_zipfile(path):  # an archive's directory is at its end
             return path.name
     for path in sorted(Path(checkpoint).glob("*.safetensors")):
         try:

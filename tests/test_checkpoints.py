@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from nspo2_trl.checkpoints import CheckpointError, is_whole, last_checkpoint, unreadable_file
+from nspo2_trl.checkpoints import NSPO2_STATE_NAME, CheckpointError, is_whole, last_checkpoint, unreadable_file
 
 
 def saving(make_trainer, **args):
@@ -159,6 +159,7 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
         assert is_whole(folder)
         os.truncate(folder / name, 2000)
         assert unreadable_file(folder) == name
+    (tmp_path / "checkpoint-10" / NSPO2_STATE_NAME).write_bytes(b"torn")  # a run goes on without it
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     shutil.rmtree(tmp_path / "checkpoint-10")
