@@ -13,7 +13,6 @@ from .studies import STUDIES, of_a_cell
 
 QUICKSTART = {"model": str(ROOT / "recipes/quickstart/model"), "data": str(ROOT / "recipes/quickstart/data")}
 RAW, STEPS = ROOT / "benchmarks/raw", 100
-RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 HELP = """Methods x learning rates x paired seeds on tiny models, through a loop that is the trainer's to rounding.
 
@@ -33,10 +32,10 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--phase", choices=["select", "report", "all"], default="all")
     found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="all of the study's")
-    found.add_argument("--rates", nargs="+", type=float, default=RATES)
+    found.add_argument("--rates", nargs="+", type=float, help="that are tried; the study's, for the quick start")
     found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
     found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
-    found.add_argument("--report_seeds", type=int, default=grid.REPORT, help="how many")
+    found.add_argument("--report_seeds", type=int, help=f"how many, {grid.REPORT} or the study's")
     found.add_argument("--steps", type=int, default=STEPS, help="of a run, where the study has no more")
     found.add_argument("--held_out", type=int, default=300, help="pairs of every evaluation")
     found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")
@@ -85,6 +84,7 @@ def run(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     study = STUDIES[options.study]
     methods = options.methods or study["methods"]
+    tried = options.rates or study["rates"]
     steps = round(options.steps * study.get("longer", 1))
     folders, failed = _folders(options), 0
     only = _only(options.only, folders)
@@ -99,7 +99,7 @@ def run(argv: list[str]) -> int:
         common = {"study": options.study, "task": task, "steps": steps}
         common |= {"held_out": options.held_out, "samples": options.samples} | of_a_cell(options.study)
         if options.phase != "report":
-            go(grid.select_cells(common, methods, options.rates, options.select_seeds), f"{task}, rates")
+            go(grid.select_cells(common, methods, tried, options.select_seeds), f"{task}, rates")
         for _ in range(options.extend if options.phase != "report" else 0):
             records, more = grid.read(options.raw, options.study), []
             for method in methods:
@@ -109,14 +109,15 @@ def run(argv: list[str]) -> int:
             go(more, f"{task}, rates beyond the edge")
         if options.phase != "select":
             chosen = {key: values for key, values in only.items() if key in ("task", "method")}
-            cells = grid.select_cells(common, methods, options.rates, options.select_seeds)
+            cells = grid.select_cells(common, methods, tried, options.select_seeds)
             left = grid.missing(options.raw, [cell for cell in cells if grid.wanted(cell, chosen)])
             if left:
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
             records = grid.read(options.raw, options.study)
             first = study.get("first", 0)
-            seeds = range(first, first + options.report_seeds)
+            seeds = range(first, first + (options.report_seeds or study.get("seeds", grid.REPORT)))
             cells = grid.report_cells(common, records, methods, seeds, study.get("also", ()))
+            cells = [cell for cell in cells if study.get("rate", cell["lr"]) == cell["lr"]]
             go(cells, f"{task}, reported runs")
     _say_next(options.raw)
     return failed
