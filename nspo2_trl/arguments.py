@@ -11,7 +11,7 @@ from typing import NoReturn
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-from .checkpoints import last_checkpoint, unreadable_file
+from .checkpoints import last_checkpoint, passed_over, refuse_half
 from .data import NSPO2ScriptArguments, nearest
 from .dpo_config import NSPO2DPOConfig
 
@@ -150,13 +150,14 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
     if str(wanted).lower() not in ("true", "yes", "last"):
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
-        if (name := unreadable_file(wanted)) is not None:
-            raise ValueError(
-                f"`resume_from_checkpoint`: {wanted!r} was saved only in part, it has no readable {name}: name an "
-                "earlier one, or set `true` for the last whole one."
-            )
+        refuse_half(wanted)
         return wanted
     if found is None:
+        if half := passed_over(str(args.output_dir)):
+            raise ValueError(
+                f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no whole checkpoint: {half}. Choose "
+                "another `--output_dir` to start anew."
+            )
         raise ValueError(
             f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
         )

@@ -60,6 +60,25 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return next((str(folder) for _, folder in reversed(checkpoints(output_dir)) if is_whole(folder)), None)
 
 
+def passed_over(output_dir: str | os.PathLike) -> str:
+    """Checkpoints with more steps than the last whole one, each with what it lacks; empty where there are none."""
+    found = []
+    for _, folder in reversed(checkpoints(output_dir)):
+        if (name := unreadable_file(folder)) is None:
+            break
+        found.append(f"{folder.name} (no readable {name})")
+    return ", ".join(found)
+
+
+def refuse_half(checkpoint: str | os.PathLike) -> None:
+    """Raises `ValueError` where not all of the folder `checkpoint` was written."""
+    if (name := unreadable_file(checkpoint)) is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {str(checkpoint)!r} was saved only in part, it has no readable {name}: "
+            "name an earlier one, or set `true` for the last whole one."
+        )
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 

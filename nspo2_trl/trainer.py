@@ -27,7 +27,15 @@ from .adapters import lora_blocks
 from .block_groups import BlockGroups, any_bad, entries
 from .blocks import params_outside
 from .card import add_to_card
-from .checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, first_line, half_saved, last_checkpoint
+from .checkpoints import (
+    NSPO2_STATE_NAME,
+    PREFIX_CHECKPOINT_DIR,
+    first_line,
+    half_saved,
+    last_checkpoint,
+    passed_over,
+    refuse_half,
+)
 from .config import NSPO2Config
 from .data import check_preferences
 from .deepspeed import unwrap_step, whole_params, wrap_step
@@ -208,6 +216,10 @@ class NSPO2Mixin(_BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:  # Trainer would take the last one, whole or not
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
+            if (half := passed_over(str(self.args.output_dir))) and self.is_world_process_zero():
+                logger.warning("Saved only in part and passed over: %s.", half)
+        elif resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
+            refuse_half(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from nspo2_trl.arguments import checkpoint_to_resume
 from nspo2_trl.checkpoints import NSPO2_STATE_NAME, CheckpointError, is_whole, last_checkpoint, unreadable_file
 
 
@@ -84,14 +86,20 @@ def test_errors_that_are_not_of_the_disk_stay_what_they_are(make_trainer, monkey
     assert not os.path.exists(f"{trainer.args.output_dir}/checkpoint-2")
 
 
-def test_resuming_passes_over_half_a_checkpoint(make_trainer):
+def test_resuming_passes_over_half_a_checkpoint_and_says_so(make_trainer, caplog):
     once = saving(make_trainer)
     once.train()
     out = once.args.output_dir
     shutil.rmtree(f"{out}/checkpoint-6")
     os.remove(f"{out}/checkpoint-4/trainer_state.json")  # what a kill in the midst of saving leaves
     rest = saving(make_trainer)
+    with pytest.raises(
+        ValueError, match="checkpoint-4' was saved only in part, it has no readable trainer_state.json"
+    ):
+        rest.train(resume_from_checkpoint=f"{out}/checkpoint-4")
+    assert not caplog.records
     rest.train(resume_from_checkpoint=True)
+    assert "passed over: checkpoint-4 (no readable trainer_state.json)." in caplog.text
     assert_same(trainable(rest), trainable(once))
 
 
@@ -165,3 +173,9 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-10")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert last_checkpoint(tmp_path / "none") is None
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
+    with pytest.raises(
+        ValueError, match=r"no whole checkpoint: checkpoint-20 \(no readable adapter_model.+another `--out"
+    ):
+        checkpoint_to_resume(args)

@@ -53,7 +53,7 @@ def ratio_of_sums(parts: Sequence[float], wholes: Sequence[float]) -> tuple[floa
 
 
 def p_value(differences: Sequence[float]) -> float | None:
-    """Two-sided p of the test that turns signs round, that paired differences have the mean 0.
+    """Two-sided p of the sign-flip permutation test, that paired differences have the mean 0.
 
     Exact for up to 13 differences; for more, of 9,999 random turns.
 

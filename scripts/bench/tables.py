@@ -199,10 +199,10 @@ def gold_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-JUDGED = """They are called better or worse where the exact test that turns signs round has p < 0.05 also when
-corrected for the number of comparisons in the table (Benjamini and Hochberg; plain's other rates are not), perhaps
-better or worse where only without that. Plain was reported at half and double its rate too, and at the rates of the
-others: what beats it only at the rate chosen for it has not won, and the table says so."""
+JUDGED = """They are called better or worse where an exact sign-flip permutation test has p < 0.05 also when corrected
+for the number of comparisons in the table (Benjamini and Hochberg; plain's other rates are not), perhaps better or
+worse where only without that. Plain was reported at half and double its rate too, and at the rates of the others: what
+beats it only at the rate chosen for it has not won, and the table says so."""
 
 
 def power(rows: list[dict]) -> str:
