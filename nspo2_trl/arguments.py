@@ -155,8 +155,8 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
     if found is None:
         if half := passed_over(str(args.output_dir)):
             raise ValueError(
-                f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no whole checkpoint: {half}. Choose "
-                "another `--output_dir` to start anew."
+                f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no whole checkpoint: {half}. "
+                "Leave it out to start anew."
             )
         raise ValueError(
             f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."

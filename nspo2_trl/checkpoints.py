@@ -23,23 +23,29 @@ class CheckpointError(OSError):
 
 
 def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
-    """The file that a checkpoint lacks or that ends too early, as after a loss of power; None if it is whole.
+    """The file that a checkpoint lacks or that ends too early, as after a loss of power; None if none was found.
 
-    Trainer writes `trainer_state.json` last. NSPO2's own state is not looked at: a run goes on without it.
+    Looked at are the files that Trainer writes for LoRA in one folder, `trainer_state.json` last. NSPO2's own state is
+    not: a run goes on without it. Nor are the subfolders of DeepSpeed and FSDP2.
     """
-    try:
-        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return TRAINER_STATE_NAME
-    for path in sorted(Path(checkpoint).glob("*.pt*")):  # also .pth
-        if path.name != NSPO2_STATE_NAME and not zipfile.is_zipfile(path):  # an archive's directory is at its end
-            return path.name
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+    folder = Path(checkpoint)
+    for name in (TRAINER_STATE_NAME, "adapter_config.json"):
         try:
-            with safe_open(path, "pt"):  # compares the size with the header's
+            json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            if name == TRAINER_STATE_NAME or (folder / name).exists():
+                return name
+    archives = [*sorted(folder.glob("rng_state*.pth")), folder / "optimizer.pt", folder / "scheduler.pt"]
+    for path in archives:
+        if path.is_file() and not zipfile.is_zipfile(path):  # an archive's directory is at its end
+            return path.name
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        try:
+            with safe_open(weights, "pt"):  # compares the size with the header's
                 pass
         except (OSError, SafetensorError):
-            return path.name
+            return weights.name
     return None
 
 
@@ -75,7 +81,7 @@ def refuse_half(checkpoint: str | os.PathLike) -> None:
     if (name := unreadable_file(checkpoint)) is not None:
         raise ValueError(
             f"`resume_from_checkpoint`: {str(checkpoint)!r} was saved only in part, it has no readable {name}: "
-            "name an earlier one, or set `true` for the last whole one."
+            "name another one, or set `true` for the last whole one."
         )
 
 
@@ -99,7 +105,7 @@ def half_saved(checkpoint: str, writer: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not writer or is_whole(checkpoint):
+        if not writer or unreadable_file(checkpoint) != TRAINER_STATE_NAME:
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         if not _is_of_the_disk(error):

@@ -215,9 +215,13 @@ class NSPO2Mixin(_BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:  # Trainer would take the last one, whole or not
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
-            if (half := passed_over(str(self.args.output_dir))) and self.is_world_process_zero():
+            out = str(self.args.output_dir)
+            found, half = last_checkpoint(out), passed_over(out)
+            if half and found is None:
+                raise ValueError(f"`resume_from_checkpoint`: {out!r} has no whole checkpoint: {half}.")
+            if half and self.is_world_process_zero():
                 logger.warning("Saved only in part and passed over: %s.", half)
+            resume_from_checkpoint = found or True
         elif resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
             refuse_half(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)

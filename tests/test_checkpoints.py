@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,9 +99,16 @@ def test_resuming_passes_over_half_a_checkpoint_and_says_so(make_trainer, caplog
     ):
         rest.train(resume_from_checkpoint=f"{out}/checkpoint-4")
     assert not caplog.records
+    Path(out, "checkpoint-2/model.pt-br.txt").write_text("not one of Trainer's")
     rest.train(resume_from_checkpoint=True)
     assert "passed over: checkpoint-4 (no readable trainer_state.json)." in caplog.text
     assert_same(trainable(rest), trainable(once))
+    for step in (2, 4, 6):
+        os.truncate(f"{out}/checkpoint-{step}/scheduler.pt", 100)
+    with pytest.raises(
+        ValueError, match="has no whole checkpoint: checkpoint-6 .no readable scheduler.pt., checkpoint-4"
+    ):
+        rest.train(resume_from_checkpoint=True)
 
 
 def test_interrupt_after_saving_keeps_the_checkpoint(make_trainer, monkeypatch):
@@ -176,6 +184,6 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-2")
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
     with pytest.raises(
-        ValueError, match=r"no whole checkpoint: checkpoint-20 \(no readable adapter_model.+another `--out"
+        ValueError, match=r"no whole checkpoint: checkpoint-20 \(no readable adapter_model.+Leave it out"
     ):
         checkpoint_to_resume(args)

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--phase", choices=["select", "report", "all"], default="all")
     found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="all of the study's")
-    found.add_argument("--rates", nargs="+", type=float, help="that are tried; the study's, for the quick start")
+    found.add_argument("--rates", nargs="+", type=float, help="rates that are tried, if not the study's")
     found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
     found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
     found.add_argument("--report_seeds", type=int, help=f"how many, {grid.REPORT} or the study's")
@@ -117,7 +117,13 @@ def run(argv: list[str]) -> int:
             first = study.get("first", 0)
             seeds = range(first, first + (options.report_seeds or study.get("seeds", grid.REPORT)))
             cells = grid.report_cells(common, records, methods, seeds, study.get("also", ()))
-            cells = [cell for cell in cells if study.get("rate", cell["lr"]) == cell["lr"]]
+            if "only_rate" in study:
+                cells = [cell for cell in cells if cell["lr"] == study["only_rate"]]
+                if lost := set(methods) - {cell["method"] for cell in cells}:
+                    raise SystemExit(
+                        f"error: the best rate of {', '.join(sorted(lost))} is not {study['only_rate']:g} here, that "
+                        f"of `{options.study}`: take another study."
+                    )
             go(cells, f"{task}, reported runs")
     _say_next(options.raw)
     return failed

@@ -9,8 +9,8 @@ CORE = ["plain", "keep", "noise", "hybrid", "keep-factored"]  # plain AdamW and 
 HIGH = [4e-3, 8e-3, 16e-3]
 ONE_PAIR = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup"}
-# `rates` are those that the quick start is tried at, `also` those that every method is reported at besides its best;
-# `seeds` is how many are reported if not 10, `first` the first of them, `rate` the only rate they are reported at;
+# `rates` are those that the quick start is tried at, `also` those that every method is reported at besides its best,
+# `only_rate` the one that replaces them; `seeds` is how many are reported if not 10, `first` the first of them;
 # `options` are the trainer's, `pairs` is how many of the training pairs are used, `label_noise` the share of them that
 # have their answers change places (the same ones in every run).
 STUDIES: dict[str, dict] = {
@@ -59,7 +59,7 @@ STUDIES: dict[str, dict] = {
         "there.",
         "methods": ["plain", "noise"],
         "rates": [2e-3, 4e-3, 8e-3],
-        "rate": 4e-3,
+        "only_rate": 4e-3,
         "first": 10,
         "seeds": 20,
         "options": CONSTANT,
@@ -101,7 +101,7 @@ STUDIES: dict[str, dict] = {
         "filters there.",
         "methods": ["plain", "keep", "noise", "hybrid"],
         "rates": HIGH,
-        "rate": 8e-3,
+        "only_rate": 8e-3,
         "first": 10,
         "seeds": 20,
     },
@@ -110,7 +110,7 @@ STUDIES: dict[str, dict] = {
         "there.",
         "methods": ["plain", "keep", "noise", "hybrid"],
         "rates": [2e-3, 4e-3, 8e-3],
-        "rate": 2e-3,
+        "only_rate": 2e-3,
         "first": 10,
         "seeds": 20,
         "longer": 4,
