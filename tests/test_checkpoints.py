@@ -183,7 +183,5 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
     shutil.rmtree(tmp_path / "checkpoint-2")
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
-    with pytest.raises(
-        ValueError, match=r"no whole checkpoint: checkpoint-20 \(no readable adapter_model.+Leave it out"
-    ):
+    with pytest.raises(ValueError, match=r"no whole checkpoint: checkpoint-20 .no readable adapter_model.+Leave it"):
         checkpoint_to_resume(args)
