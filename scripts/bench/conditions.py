@@ -71,7 +71,8 @@ def skills(found: dict[tuple[str, str], list[dict]]) -> list[str]:
     able = shown[0][2]["before"]
     about = f"""A second skill that no pair is about and that every answer needs, in the samples: grammar is the share
 of sentences that the grammar of the stories could have written ({able["grammar"]:.3f} in those of the reference),
-memory the share of names and things that the prompt has too ({able["memory"]:.3f})."""
+memory the share of names and things that the prompt has too ({able["memory"]:.3f}). A method at the rate that was
+chosen for it is compared with plain at plain's, at another rate with plain at the same."""
     head = ["conditions", "task", "method", "rate"]
     head += [part for name in ("gold score", "KL", "forgotten", *able) for part in (name, "less plain's [95 %]")]
     lines = [line(head), "|---" * len(head) + "|"]
