@@ -358,6 +358,14 @@ def test_phases(tmp_path, threads, monkeypatch):
 # ---- conditions ----
 
 
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_the_command_of_a_study_finds_all_its_raw_files(study, monkeypatch):
+    left = []
+    monkeypatch.setattr(grid, "run_cells", lambda raw, cells, *_: left.extend(grid.missing(raw, cells)) or 0)
+    convergence.run(["--study", study])
+    assert not left
+
+
 def test_conditions_of_a_study_reach_the_run(tmp_path):
     cell = COMMON | {"method": "plain", "lr": 1e-3, "seed": 0} | studies.of_a_cell("batch-4") | {"pairs": 64}
     trainer = tasks.make_trainer(cell, convergence.QUICKSTART)
