@@ -11,7 +11,7 @@ from typing import NoReturn
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-from .checkpoints import last_checkpoint, passed_over, refuse_half
+from .checkpoints import last_whole, refuse_half
 from .data import NSPO2ScriptArguments, nearest
 from .dpo_config import NSPO2DPOConfig
 
@@ -139,7 +139,7 @@ def _raise(message: str) -> NoReturn:
 
 def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
     """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last one in `output_dir`."""
-    wanted, found = args.resume_from_checkpoint, last_checkpoint(str(args.output_dir))
+    wanted, (found, half) = args.resume_from_checkpoint, last_whole(str(args.output_dir))
     if wanted is None or str(wanted).lower() in ("false", "no"):
         if found is not None:
             raise ValueError(
@@ -153,7 +153,7 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
         refuse_half(wanted)
         return wanted
     if found is None:
-        if half := passed_over(str(args.output_dir)):
+        if half:
             raise ValueError(
                 f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no whole checkpoint: {half}. "
                 "Leave it out to start anew."

@@ -49,11 +49,6 @@ def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
     return None
 
 
-def is_whole(checkpoint: str | os.PathLike) -> bool:
-    """Whether all of a checkpoint was written."""
-    return unreadable_file(checkpoint) is None
-
-
 def checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
     """Steps and folders of the checkpoints in `output_dir`, whole or not, in their order."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
@@ -61,19 +56,22 @@ def checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
     return sorted((int(step), folder) for step, folder in numbers if step.isdecimal())
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint with the most steps in `output_dir`, or None."""
-    return next((str(folder) for _, folder in reversed(checkpoints(output_dir)) if is_whole(folder)), None)
+def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, str]:
+    """The whole checkpoint with the most steps in `output_dir`, or None; and those with more steps that are not whole.
 
-
-def passed_over(output_dir: str | os.PathLike) -> str:
-    """Checkpoints with more steps than the last whole one, each with what it lacks; empty where there are none."""
-    found = []
+    The second is for people: each with what it lacks, empty where there are none.
+    """
+    half: list[str] = []
     for _, folder in reversed(checkpoints(output_dir)):
         if (name := unreadable_file(folder)) is None:
-            break
-        found.append(f"{folder.name} (no readable {name})")
-    return ", ".join(found)
+            return str(folder), ", ".join(half)
+        half.append(f"{folder.name} (no readable {name})")
+    return None, ", ".join(half)
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The whole checkpoint with the most steps in `output_dir`, or None."""
+    return last_whole(output_dir)[0]
 
 
 def refuse_half(checkpoint: str | os.PathLike) -> None:

@@ -32,7 +32,7 @@ from trl import (
 
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .card import FIGURES, means
-from .checkpoints import CheckpointError, last_checkpoint, passed_over
+from .checkpoints import CheckpointError, last_checkpoint, last_whole
 from .data import ROWS_AT_ONCE, NSPO2ScriptArguments, splits
 from .dpo_config import NSPO2DPOConfig
 from .trainer import NSPO2DPOTrainer
@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         trainer.add_callback(live)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")
-        if checkpoint == last_checkpoint(args.output_dir) and (half := passed_over(args.output_dir)):
+        last, half = last_whole(args.output_dir)
+        if checkpoint == last and half:
             print(f"Saved only in part and passed over: {half}.")
     try:
         try:

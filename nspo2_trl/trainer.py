@@ -32,8 +32,7 @@ from .checkpoints import (
     PREFIX_CHECKPOINT_DIR,
     first_line,
     half_saved,
-    last_checkpoint,
-    passed_over,
+    last_whole,
     refuse_half,
 )
 from .config import NSPO2Config
@@ -216,7 +215,7 @@ class NSPO2Mixin(_BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:  # Trainer would take the last one, whole or not
             out = str(self.args.output_dir)
-            found, half = last_checkpoint(out), passed_over(out)
+            found, half = last_whole(out)
             if half and found is None:
                 raise ValueError(f"`resume_from_checkpoint`: {out!r} has no whole checkpoint: {half}.")
             if half and self.is_world_process_zero():

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from nspo2_trl.arguments import checkpoint_to_resume
-from nspo2_trl.checkpoints import NSPO2_STATE_NAME, CheckpointError, is_whole, last_checkpoint, unreadable_file
+from nspo2_trl.checkpoints import NSPO2_STATE_NAME, CheckpointError, last_checkpoint, unreadable_file
 
 
 def saving(make_trainer, **args):
@@ -68,7 +68,7 @@ def test_saving_over_the_checkpoint_of_an_earlier_run(make_trainer, monkeypatch,
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", interrupted)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
         second.train()
-    assert not os.path.exists(f"{out}/checkpoint-4") and is_whole(f"{out}/checkpoint-2")
+    assert not os.path.exists(f"{out}/checkpoint-4") and unreadable_file(f"{out}/checkpoint-2") is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_interrupt_after_saving_keeps_the_checkpoint(make_trainer, monkeypatch):
     monkeypatch.setattr("transformers.trainer.rotate_checkpoints", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert is_whole(f"{trainer.args.output_dir}/checkpoint-2")
+    assert unreadable_file(f"{trainer.args.output_dir}/checkpoint-2") is None
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_full_disk_ends_in_one_error_and_the_last_whole_checkpoint_resumes(make_
     message = str(refused.value)
     assert "checkpoint-4' could not be written" in message and "MiB are free" in message
     assert f"resume from {disk / 'checkpoint-2'}" in message and len(message.splitlines()) == 1
-    assert not (disk / "checkpoint-4").exists() and is_whole(disk / "checkpoint-2")
+    assert not (disk / "checkpoint-4").exists() and unreadable_file(disk / "checkpoint-2") is None
 
     rest = saving(make_trainer, output_dir=str(tmp_path / "room"))
     rest.train(resume_from_checkpoint=str(disk / "checkpoint-2"))
@@ -172,7 +172,7 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
         shutil.copytree(tmp_path / "checkpoint-10", folder)
         write = save_file if name.endswith(".safetensors") else torch.save
         write({"weight": torch.zeros(1000)}, folder / name)
-        assert is_whole(folder)
+        assert unreadable_file(folder) is None
         os.truncate(folder / name, 2000)
         assert unreadable_file(folder) == name
     (tmp_path / "checkpoint-10" / NSPO2_STATE_NAME).write_bytes(b"torn")  # a run goes on without it
