@@ -50,6 +50,7 @@ def command(out: str, steps: int, *options: str, launcher: tuple = ()) -> str:
 
 def trainer(kind: str, out: str) -> str:
     """5 steps of another trainer on the quick start's model and pairs."""
+    import torch
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForSequenceClassification
@@ -73,6 +74,7 @@ def trainer(kind: str, out: str) -> str:
         own = {"num_generations": 2, "max_completion_length": 12}
     elif kind == "Reward":
         task = "SEQ_CLS"
+        torch.manual_seed(0)  # of the new head
         model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype="float32")
     args = getattr(nspo2_trl, f"NSPO2{kind}Config")(
         output_dir=out,
