@@ -6,7 +6,8 @@
     python scripts/benchmark.py variance --help         what filters take away of noise and of signal
     python scripts/benchmark.py convergence --help      methods x rates x seeds, in parts, over hours
     python scripts/benchmark.py tables                  docs/results.md and plots from benchmarks/raw
-    python scripts/benchmark.py --smoke                 the last three, tiny
+    python scripts/benchmark.py pack                    the files of cells that have ended, into one a study
+    python scripts/benchmark.py --smoke                 convergence, variance and tables, tiny
 
 `overhead`: two trainers, with `nspo2_enabled` true and false, take turns step by step on the same batches: forward and
 backward passes, clipping, optimizer. With a recipe, or on randomly initialised models of the sizes of public ones. It
@@ -88,6 +89,8 @@ def main() -> None:
         sys.exit(1 if convergence.variance(rest) else 0)
     if command == "tables":
         return convergence.tables(rest)
+    if command == "pack":
+        return convergence.pack(rest)
     if command == "--smoke":
         print(f"Everything is in {convergence.smoke()}.")
         return

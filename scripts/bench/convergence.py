@@ -1,4 +1,4 @@
-"""`benchmark.py convergence`, `variance`, `tables` and `--smoke`: command lines around [`grid`] and [`results`]."""
+"""Command lines around [`grid`] and [`results`]: `convergence`, `variance`, `tables`, `pack` and `--smoke`."""
 
 from __future__ import annotations
 
@@ -158,11 +158,20 @@ def tables(argv: list[str]) -> None:
     found.add_argument("--overhead", type=Path, default=ROOT / f"benchmarks/{results.OVERHEAD}")
     found.add_argument("--docs", type=Path, help="where pages and plots go: docs/, or beside another `--raw`")
     options = found.parse_args(argv)
-    if not any(options.raw.glob("*/*/*.json")):
+    if not grid.studies_in(options.raw):
         raise SystemExit(f"error: no raw files in {options.raw}: run `python scripts/benchmark.py convergence` first.")
     docs = options.docs or (ROOT / "docs" if options.raw == RAW else options.raw.parent / "docs")
     for path in results.write(options.raw, options.overhead, docs):
         print(path)
+
+
+def pack(argv: list[str]) -> None:
+    found = argparse.ArgumentParser("benchmark.py pack", description="One file a study, of the cells that have ended.")
+    found.add_argument("--raw", type=Path, default=RAW, help=f"folder of the raw files, {RAW} if left out")
+    raw = found.parse_args(argv).raw
+    for study in grid.studies_in(raw):
+        if grid.loose(raw, study):
+            print(grid.pack(raw, study))
 
 
 def smoke() -> Path:

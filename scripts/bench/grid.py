@@ -1,12 +1,14 @@
 """The grid: which cells there are, and running those that are not there yet, two at a time.
 
 A cell is a dict of plain values: study, task, method, lr, seed, steps, held_out (pairs of an evaluation), samples,
-role ("select" to choose the method's rate, "report" to be shown). Its file is RAW/STUDY/TASK/METHOD-lrLR-sSEED.json,
-written in one go; a cell that has a file is not run again, so the same command goes on with an interrupted grid.
+role ("select" to choose the method's rate, "report" to be shown). When it ends, RAW/STUDY/TASK/METHOD-lrLR-sSEED.json
+is written in one go; `pack` puts a study's files into the lines of RAW/STUDY.jsonl.gz. A cell that is in either place
+is not run again, so the same command goes on with an interrupted grid.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import multiprocessing
@@ -28,9 +30,49 @@ def path_of(raw: Path, cell: dict) -> Path:
     return raw / cell["study"] / cell["task"] / name
 
 
+def loose(raw: Path, study: str) -> list[Path]:
+    """The files of finished cells that are not packed."""
+    return list((raw / study).glob("*/*.json"))
+
+
+def packed(raw: Path, study: str) -> Path:
+    return raw / f"{study}.jsonl.gz"
+
+
+def studies_in(raw: Path) -> list[str]:
+    folders = {path.parent.parent.name for path in raw.glob("*/*/*.json")}
+    return sorted(folders.union(path.name.removesuffix(".jsonl.gz") for path in raw.glob("*.jsonl.gz")))
+
+
+def by_path(raw: Path, study: str) -> dict[Path, dict]:
+    """What is there of a study, packed and loose, in the order of [`path_of`]."""
+    # loose files first: should another process pack them in the meantime, they are in the packed file
+    found = {path: json.loads(path.read_text()) for path in loose(raw, study) if path.exists()}
+    if packed(raw, study).exists():
+        with gzip.open(packed(raw, study), "rt") as lines:
+            records = [json.loads(text) for text in lines]
+        found = {path_of(raw, record["cell"]): record for record in records} | found
+    return dict(sorted(found.items()))
+
+
 def read(raw: Path, study: str) -> list[dict]:
-    """What is there of a study, in the order of the files' names."""
-    return [json.loads(path.read_text()) for path in sorted((raw / study).glob("*/*.json"))]
+    return list(by_path(raw, study).values())
+
+
+def pack(raw: Path, study: str) -> Path:
+    """Put a study's loose files into its packed one, the same bytes for the same cells, and remove them."""
+    gone, file = loose(raw, study), packed(raw, study)
+    lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in read(raw, study))
+    part = file.with_suffix(f".{os.getpid()}.part")
+    with part.open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=0) as packing:
+        packing.write(lines.encode())
+    part.rename(file)
+    for path in gone:
+        path.unlink()
+    for folder in [*{path.parent for path in gone}, raw / study]:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return file
 
 
 def final_loss(record: dict) -> float:
@@ -123,26 +165,26 @@ def write(path: Path, record: dict) -> None:
 
 
 def missing(raw: Path, cells: list[dict]) -> list[dict]:
-    """The cells that have no file.
+    """The cells that are not there.
 
     Raises:
-        SystemExit: a file was made with other settings, such as another number of steps.
+        SystemExit: one was made with other settings, such as another number of steps.
     """
-    found = []
+    there, left = {}, []
+    for study in {cell["study"] for cell in cells}:
+        there |= by_path(raw, study)
     for cell in cells:
         path = path_of(raw, cell)
-        if not path.exists():
-            found.append(cell)
-        elif (there := json.loads(path.read_text())["cell"]) != cell:
-            other = ", ".join(
-                f"{key} {there.get(key)}" for key in {**there, **cell} if there.get(key) != cell.get(key)
-            )
-            raise SystemExit(f"error: {path} was made with {other}: give another folder with `--raw`, or remove it.")
-    return found
+        if path not in there:
+            left.append(cell)
+        elif (old := there[path]["cell"]) != cell:
+            other = ", ".join(f"{key} {old.get(key)}" for key in {**old, **cell} if old.get(key) != cell.get(key))
+            raise SystemExit(f"error: {path} was made with {other}: give another folder with `--raw`.")
+    return left
 
 
 def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: int, label: str, run=_run) -> int:
-    """Run the cells that have no file, `workers` at a time with one thread each; returns how many failed.
+    """Run the cells that are not there, `workers` at a time with one thread each; returns how many failed.
 
     What fails is named at once and leaves no file, so that the next call tries it again.
     """
