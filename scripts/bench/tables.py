@@ -65,8 +65,6 @@ def compare(records: list[dict], task: str) -> list[dict]:
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
         for figure in ("gold", "kl", "forgotten"):
             row[figure] = _samples(own, seeds, figure).mean()
-        same = plain if chosen or name == "plain" else runs.get(("plain", lr), plain)
-        row["runs"] = mine, [(same if same.keys() >= set(seeds) else plain)[seed] for seed in seeds]
         measured = [run["nspo2"] for run in mine if "variance_reduction" in run["nspo2"] and name not in UNFILTERED]
         row["removed"] = [figures["variance_reduction"] for figures in measured]
         row["rank"] = statistics.fmean(figures["rank"] for figures in measured) if measured else None
@@ -77,23 +75,6 @@ def compare(records: list[dict], task: str) -> list[dict]:
     for row, corrected in zip(tested, adjusted([p_value(row["apart"]) for row in tested])):
         row["corrected"] = corrected
     return rows
-
-
-def add_kept(rows: list[dict]) -> None:
-    """Into rows of [`compare`]: what the samples show of what was kept, and the skills before training.
-
-    "kept" has for each figure its mean, the difference to plain and its interval; nan where a run diverged. Plain is
-    at its own chosen rate where the method is, else at the method's rate. "before" is empty where the skills were not
-    measured.
-    """
-    for row in rows:
-        mine, theirs = ([run["samples"] | run["samples"].get("skills", {}) for run in part] for part in row["runs"])
-        measured = [[run for run in part if "skills" in run] for part in (mine, theirs)]
-        row["before"] = measured[0][0]["skills_before"] if all(measured) else {}
-        row["kept"] = {}
-        for figure in ("gold", "kl", "forgotten", *row["before"]):
-            own, plain = (np.array([run.get(figure, math.nan) for run in part]) for part in (mine, theirs))
-            row["kept"][figure] = own.mean(), (own - plain).mean(), interval(own - plain)
 
 
 def add_speed_and_frontier(rows: list[dict], records: list[dict], task: str) -> None:
