@@ -73,7 +73,7 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     records, paths, rows_of = read(raw, "convergence"), [], {}
     parts: dict[str, list[str]] = {"variance": [], "convergence": []}
     for task in dict.fromkeys(record["cell"]["task"] for record in records):
-        rows = [row for row in compare(records, task) if row["chosen"]]
+        rows = compare(records, task)
         if not rows:
             print(f"{task}: plain AdamW has no reported runs yet, so there is nothing to compare with.")
             continue
@@ -99,11 +99,5 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", *parts["variance"]]
     lines += ["## What it does to training", *parts["convergence"]]
-    lines += [
-        "",
-        "The methods:",
-        "",
-        *(f"- `{name}`: {text}" for name, text in WORDS.items()),
-        "",
-    ]
+    lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
     return [fill(docs / "results.md", "Results", lines), *paths]
