@@ -15,7 +15,7 @@ from conftest import ROOT
 from test_lean import NSPO2, make
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import conditions, convergence, grid, judge, lean, methods, results, stats, studies, tables, tasks
+from bench import convergence, grid, judge, lean, methods, results, stats, tables
 
 COMMON = {"study": "s", "task": "quickstart", "steps": 20, "held_out": 300, "samples": 200}
 
@@ -119,7 +119,7 @@ def test_gold_at_equal_kl():
 
 def test_rows_are_paired_and_each_at_its_best_rate():
     records = study()
-    _, plain, _, keep = rows = tables.compare(records, "quickstart")
+    plain, keep = rows = tables.compare(records, "quickstart")
     tables.add_speed_and_frontier(rows, records, "quickstart")
     assert (plain["lr"], plain["edge"], keep["lr"], keep["edge"]) == (2e-3, False, 4e-3, True)
     assert keep["apart"].mean() == pytest.approx(-0.02) and keep["gap"][0] == pytest.approx(-0.02 / 0.445)
@@ -143,15 +143,8 @@ def test_what_beats_plain_only_at_the_rate_chosen_for_it_has_not_won():
         entry for entry in records if (entry["cell"]["lr"], entry["cell"]["seed"]) not in ((1e-3, 8), (1e-3, 9))
     ]
     assert tables.difference(tables.compare(missing, "quickstart")[-1])[1] == "better, but not than `plain` at 0.001"
-    assert [(row["method"], row["lr"]) for row in rows] == [("plain", lr) for lr in (1e-3, 2e-3, 4e-3)] + [
-        ("keep", 4e-3)
-    ]
-    assert [tables.difference(row)[1] for row in rows] == [
-        "better",
-        "",
-        "identical",
-        "better, but not than `plain` at 0.001",
-    ]
+    assert [(row["method"], row["lr"]) for row in rows] == [("plain", 2e-3), ("keep", 4e-3)]
+    assert [tables.difference(row)[1] for row in rows] == ["", "better, but not than `plain` at 0.001"]
 
 
 def test_steps_of_equal_methods_are_equal():
@@ -201,17 +194,6 @@ def test_page_says_what_the_figures_say(tmp_path, capsys):
     assert "0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0" in keep and "| better |" in keep
     assert "| +1.00 [+1.00, +1.00] | " in second and "| 50 % [50, 50] |" in second
     assert text == (results.write(raw, overhead, tmp_path), page.read_text())[1]  # the same files, the same page
-    others = tmp_path / "conditions.md"
-    assert not others.exists()
-    save([entry | {"cell": entry["cell"] | {"study": "labels-30"}} for entry in study()], raw)
-    names = [path.name for path in results.write(raw, overhead, tmp_path)]
-    assert names == ["results.md", "conditions.md", "convergence_quickstart.png", "conditions_regimes.png"]
-    row = "| `labels-30` | quickstart | `keep` | 0.004 (at the edge of the grid) | 0.4250 | -0.0200 [-0.0"
-    assert page.read_text() == text and row in others.read_text()
-    overview = next(
-        line for line in others.read_text().splitlines() if line.startswith("| `labels-30` | quickstart | -4.5")
-    )
-    assert overview.endswith("]: **better** |  |  |  |")
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="has no lines"):
         results.write(raw, overhead, tmp_path)
@@ -229,40 +211,19 @@ def test_one_word_for_a_claim():
 
 
 def test_the_committed_page_is_made_of_the_committed_files(tmp_path):
-    pages = [ROOT / "docs/results.md", ROOT / "docs/conditions.md"]
-    for page in pages:
-        (tmp_path / page.name).write_text(page.read_text())
+    page = (ROOT / "docs/results.md").read_text()
+    (tmp_path / "results.md").write_text(page)
     assert results.write(ROOT / "benchmarks/raw", ROOT / "benchmarks" / results.OVERHEAD, tmp_path)
-    for page in pages:
-        assert (tmp_path / page.name).read_text() == page.read_text(), "run `python scripts/benchmark.py tables`"
+    assert (tmp_path / "results.md").read_text() == page, "run `python scripts/benchmark.py tables`"
     total = sum(path.stat().st_size for path in (ROOT / "benchmarks").rglob("*.*"))
     assert total < 1e6, "raw files shall stay small"
     assert not list((ROOT / "benchmarks/raw").rglob("*.json")), "run `python scripts/benchmark.py pack`"
 
 
-def test_what_a_model_could_before_is_compared_with_plain(tmp_path):
+def test_what_a_model_could_before():
     able = judge.skills(["One day, Ada met Finn at school."], [" Ada shared the kite with Finn. Bea of was sad."])
     assert able == {"grammar": 0.5, "memory": 0.5}  # Ada and Finn are remembered; the kite and Bea are new
     assert judge.skills(["Ada had a red kite."], [" It began to rain."]) == {"grammar": 1.0, "memory": 0.0}
-    records = [entry | {"cell": entry["cell"] | {"study": "kept-0.1"}} for entry in study()]
-    for entry in records:
-        method = {"keep": "retain"}.get(entry["cell"]["method"], entry["cell"]["method"])
-        entry["cell"]["method"], before = method, {"grammar": 0.9, "memory": 0.8}
-        memory = 0.7 + 0.01 * entry["cell"]["seed"] + (0.05 if method == "retain" else 0)
-        if entry["samples"]:
-            grammar = 0.9 if method == "retain" else 0.95
-            entry["samples"] |= {"skills": {"grammar": grammar, "memory": memory}, "skills_before": before}
-    save(records, tmp_path)
-    text = "\n".join(conditions.lines_of(tmp_path, tmp_path, {})[0])
-    row = "| `retain` | 0.004 (at the edge of the grid) | 3.00 | +1.00 [+1.00, +1.00] | 10.5 | +0.0 [+0.0, +0.0]"
-    row += " | nan | +nan | 0.900 | -0.050 [-0.050, -0.050]"
-    assert f"| `kept-0.1` | quickstart {row} | 0.795 | +0.050 [+0.050, +0.050] |" in text
-    assert "prompt has too (0.800)" in text
-    assert "| `plain` | 0.002 | 2.00 |  | 10.5 |  | nan |  | 0.950 |  | 0.745 |  |" in text
-    for entry in records:
-        entry["samples"].pop("skills", None)
-    save(records, tmp_path)
-    assert "second skill" not in "\n".join(conditions.lines_of(tmp_path, tmp_path, {})[0])
 
 
 def test_diverged_runs_are_not_hidden():
@@ -377,41 +338,18 @@ def test_phases(tmp_path, threads, monkeypatch):
     assert {c["seed"] for c in cells if c["role"] == "report"} == {0, 1, 2}
 
 
-# ---- conditions ----
-
-
-@pytest.mark.parametrize("study", studies.STUDIES)
-def test_the_command_of_a_study_finds_all_its_raw_files(study, monkeypatch):
+def test_the_command_finds_all_its_raw_files(monkeypatch):
     left = []
     monkeypatch.setattr(grid, "run_cells", lambda raw, cells, *_: left.extend(grid.missing(raw, cells)) or 0)
-    convergence.run(["--study", study])
+    convergence.run([])
     assert not left
 
 
-def test_conditions_of_a_study_reach_the_run(tmp_path):
-    cell = COMMON | {"method": "plain", "lr": 1e-3, "seed": 0} | studies.of_a_cell("batch-4") | {"pairs": 64}
-    trainer = tasks.make_trainer(cell, convergence.QUICKSTART)
-    assert trainer.args.train_batch_size == 1 and len(trainer.train_dataset) == 64
-    data = lean.load_data(trainer, range(8), tmp_path)
-    turned = lean.Data(list(data.train), data.held_out, data.train_reference.clone(), data.held_out_reference)
-    tasks.turn_round(turned, 0.25)
-    other = [i for i in range(64) if turned.train[i] != data.train[i]]
-    assert len(other) == 16
-    for i, pair in enumerate(data.train):
-        answers, reference = (pair.chosen, pair.rejected), data.train_reference[:, i].tolist()
-        sign = -1 if i in other else 1
-        assert (turned.train[i].chosen, turned.train[i].rejected) == answers[::sign]
-        assert turned.train_reference[:, i].tolist() == reference[::sign]
-
-
-@pytest.mark.parametrize("study", studies.STUDIES)
-def test_every_study_can_be_made(study):
-    assert set(studies.STUDIES[study]["methods"]) <= set(methods.METHODS) == set(methods.WORDS)
-    assert studies.STUDIES[study]["methods"][0] == "plain"
-    assert studies.of_a_cell(study).keys() <= set(studies.IN_A_CELL) and "words" in studies.STUDIES[study]
-
-
 # ---- methods ----
+
+
+def test_every_method_has_words():
+    assert list(methods.METHODS) == list(methods.WORDS)
 
 
 def test_norm_matched_takes_adamws_direction_and_the_twins_length():
@@ -465,7 +403,6 @@ def test_every_method_learns(method):
     cell = COMMON | {"method": method, "lr": 1e-3, "seed": 0, "role": "report", "held_out": 20, "samples": 5}
     found = run_cell(cell, convergence.QUICKSTART)
     assert found["curve"]["loss"][-1] < math.log(2) and found["samples"]["kl"] is not None
-    measured = methods.options_of(method)["nspo2_enabled"] and method not in methods.IDEAS
-    assert bool(found["nspo2"]) == measured
+    assert bool(found["nspo2"]) == methods.options_of(method)["nspo2_enabled"]
     plain = run_cell(cell | {"method": "plain"}, convergence.QUICKSTART)
     assert method == "plain" or found["curve"] != plain["curve"]

@@ -9,16 +9,15 @@ from pathlib import Path
 
 from . import ROOT, grid
 from .methods import METHODS
-from .studies import STUDIES, of_a_cell
 
 QUICKSTART = {"model": str(ROOT / "recipes/quickstart/model"), "data": str(ROOT / "recipes/quickstart/data")}
 RAW, STEPS = ROOT / "benchmarks/raw", 100
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 HELP = """Methods x learning rates x paired seeds on tiny models, through a loop that is the trainer's to rounding.
 
     python scripts/benchmark.py convergence [--phase select|report|all] [--only method=keep,task=quickstart]
     python scripts/benchmark.py convergence --stories_model DIR --stories_data DIR     the second task too
-    python scripts/benchmark.py convergence --study small-data                         under other conditions
     python scripts/benchmark.py tables                                                 docs/results.md, plots
     python scripts/benchmark.py --smoke                                                all of it, tiny, minutes
 
@@ -31,16 +30,15 @@ def parser() -> argparse.ArgumentParser:
         "benchmark.py convergence", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--phase", choices=["select", "report", "all"], default="all")
-    found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="all of the study's")
-    found.add_argument("--rates", nargs="+", type=float, help="rates that are tried, if not the study's")
+    found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="all if left out")
+    found.add_argument("--rates", nargs="+", type=float, default=RATES, help="rates that are tried")
     found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
     found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
-    found.add_argument("--report_seeds", type=int, help=f"how many, {grid.REPORT} or the study's")
-    found.add_argument("--steps", type=int, default=STEPS, help="of a run, where the study has no more")
+    found.add_argument("--report_seeds", type=int, default=grid.REPORT, help="how many")
+    found.add_argument("--steps", type=int, default=STEPS, help="of a run")
     found.add_argument("--held_out", type=int, default=300, help="pairs of every evaluation")
     found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")
     found.add_argument("--only", default="", help="key=value,…: only these cells (task, method, lr, seed, role)")
-    found.add_argument("--study", choices=list(STUDIES), default="convergence")
     return _common(found)
 
 
@@ -82,10 +80,7 @@ def _say_next(raw: Path) -> None:
 def run(argv: list[str]) -> int:
     """Run what is missing; returns how many cells failed."""
     options = parser().parse_args(argv)
-    study = STUDIES[options.study]
-    methods = options.methods or study["methods"]
-    tried = options.rates or study["rates"]
-    steps = round(options.steps * study.get("longer", 1))
+    methods, tried = options.methods or list(METHODS), options.rates
     folders, failed = _folders(options), 0
     only = _only(options.only, folders)
 
@@ -96,12 +91,12 @@ def run(argv: list[str]) -> int:
             failed += grid.run_cells(options.raw, cells, folders, options.workers, label)
 
     for task in folders:
-        common = {"study": options.study, "task": task, "steps": steps}
-        common |= {"held_out": options.held_out, "samples": options.samples} | of_a_cell(options.study)
+        common = {"study": "convergence", "task": task, "steps": options.steps}
+        common |= {"held_out": options.held_out, "samples": options.samples}
         if options.phase != "report":
             go(grid.select_cells(common, methods, tried, options.select_seeds), f"{task}, rates")
         for _ in range(options.extend if options.phase != "report" else 0):
-            records, more = grid.read(options.raw, options.study), []
+            records, more = grid.read(options.raw, "convergence"), []
             for method in methods:
                 losses = grid.losses_by_rate(records, task, method)
                 rates = grid.beyond(losses) if losses else []
@@ -113,17 +108,8 @@ def run(argv: list[str]) -> int:
             left = grid.missing(options.raw, [cell for cell in cells if grid.wanted(cell, chosen)])
             if left:
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
-            records = grid.read(options.raw, options.study)
-            first = study.get("first", 0)
-            seeds = range(first, first + (options.report_seeds or study.get("seeds", grid.REPORT)))
-            cells = grid.report_cells(common, records, methods, seeds, study.get("also", ()))
-            if "only_rate" in study:
-                cells = [cell for cell in cells if cell["lr"] == study["only_rate"]]
-                if lost := set(methods) - {cell["method"] for cell in cells}:
-                    raise SystemExit(
-                        f"error: the best rate of {', '.join(sorted(lost))} is not {study['only_rate']:g} here, that "
-                        f"of `{options.study}`: take another study."
-                    )
+            records = grid.read(options.raw, "convergence")
+            cells = grid.report_cells(common, records, methods, range(options.report_seeds))
             go(cells, f"{task}, reported runs")
     _say_next(options.raw)
     return failed

@@ -113,15 +113,10 @@ def beyond(losses: dict[float, float]) -> list[float]:
     return [float(f"{rate * (0.5 if rate == min(losses) else 2):g}")] if edge else []
 
 
-def report_cells(
-    common: dict, records: list[dict], methods: list[str], seeds: Iterable[int], also: Iterable[float] = ()
-) -> list[dict]:
-    """Each method at its best rate and those of `also`.
-
-    Plain AdamW also at the rates of the others and at half and double its own.
-    """
+def report_cells(common: dict, records: list[dict], methods: list[str], seeds: Iterable[int]) -> list[dict]:
+    """Each method at its best rate, plain AdamW also at those of the others and at half and double its own."""
     losses = {method: losses_by_rate(records, common["task"], method) for method in methods}
-    rates = {method: {best_rate(found)[0], *also} for method, found in losses.items() if found}
+    rates = {method: {best_rate(found)[0]} for method, found in losses.items() if found}
     if "plain" in rates:
         best = best_rate(losses["plain"])[0]
         rates["plain"] = {best / 2, best * 2}.union(*rates.values())

@@ -65,12 +65,8 @@ def merged(model: PeftModel) -> Iterator[None]:
     model.unmerge_adapter()
 
 
-def longest_answer(pairs: list[Pair]) -> int:
-    return max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
-
-
 @torch.no_grad()
-def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, seed: int, adapted: bool) -> list[Pair]:
+def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, adapted: bool) -> list[Pair]:
     """Continuations of `prompts` at temperature 1, as the chosen answers of pairs.
 
     They end with the model's end mark, or after `longest` tokens. Without `adapted` the reference writes them.
@@ -80,7 +76,7 @@ def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, seed:
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": pad, "eos_token_id": end}
     with merged(model) if adapted else model.disable_adapter():
         found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **how)[:, width:].tolist()
@@ -96,8 +92,8 @@ def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> 
     """
     llama, score = PackedLlama(trainer.model), gold_score(task)
     prompts = [pair.prompt for pair in data.held_out[:number]]
-    longest = longest_answer(data.train + data.held_out)
-    drawn, known = (draw(trainer, prompts, longest, seed=0, adapted=adapted) for adapted in (True, False))
+    longest = max(len(answer) for pair in data.train + data.held_out for answer in (pair.chosen, pair.rejected))
+    drawn, known = (draw(trainer, prompts, longest, adapted) for adapted in (True, False))
     own, old = (lean.log_probs(llama, pairs) - lean.log_probs(llama, pairs, False) for pairs in (drawn, known))
     texts, before, beginnings = (
         trainer.processing_class.batch_decode(part, skip_special_tokens=True)

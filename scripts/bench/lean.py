@@ -146,7 +146,7 @@ def train(
             optimizer's step (with the gradients before the filter as its argument).
     """
     args, steps = trainer.args, trainer.args.max_steps
-    batches = trainer.batches = order(trainer, steps)  # `prepare` may change what comes when
+    batches = order(trainer, steps)
     trainer.create_optimizer_and_scheduler(steps)
     step_of = prepare(trainer) if prepare else None
     optimizer, scheduler, groups = trainer.optimizer, trainer.lr_scheduler, trainer.nspo2

@@ -10,8 +10,6 @@ from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimiz
 
 from nspo2_trl import NSPO2DPOTrainer
 
-from . import ideas, kept
-
 KEEP = {"nspo2_strategy": "keep", "nspo2_projection_rank": 16, "nspo2_covariance": "adapter"}
 FACTORED = {"nspo2_covariance": "factored", "nspo2_projection_rank": 4, "nspo2_max_rank": 8}
 # `change` and `optimizer` name functions below; everything else are options of the trainer. A step has 16 pairs in 4
@@ -34,27 +32,6 @@ METHODS = {
     "riemannian": {"optimizer": "riemannian"},
     "schedule-free": {"optimizer": "schedule_free"},
 }
-WIDE = KEEP | {"nspo2_strategy": "noise", "nspo2_trust_radius": 1.0, "nspo2_target_bias": 1.0}
-IDEAS = {  # tried, see docs/log.md; `change` names functions of ideas.py and kept.py
-    "noise-wide": WIDE,
-    "keep-first-moment": KEEP | {"change": "first_moment"},
-    "noise-first-moment": WIDE | {"change": "first_moment"},
-    "soft-gain": WIDE | {"change": "soft_gain"},
-    "keep-cos2": KEEP | {"change": "cosine_shrinkage"},
-    "keep-all": KEEP | {"nspo2_min_rank": 16},
-    "keep-rank-4": KEEP | {"nspo2_projection_rank": 4},
-    "keep-rank-32": KEEP | {"nspo2_projection_rank": 32, "nspo2_max_rank": 64},
-    "keep-0.9": KEEP | {"nspo2_cov_momentum": 0.9},
-    "keep-0.99": KEEP | {"nspo2_cov_momentum": 0.99},
-    "keep-references": KEEP | {"change": "several_references"},
-    "agreement": KEEP | {"nspo2_strength": 0.0, "change": "agreement"},
-    "agreement-pooled": KEEP | {"nspo2_strength": 0.0, "change": "agreement_pooled"},
-    "balanced-order": KEEP | {"nspo2_strength": 0.0, "change": "balanced_order"},
-    "frozen-batches": KEEP | {"nspo2_strength": 0.0, "change": "frozen_batches"},
-    "retain": {"change": "retain"},
-    "replay": {"change": "replay"},
-}
-METHODS |= IDEAS
 OURS = ("change", "optimizer")
 WORDS = {
     "plain": "AdamW, TRL's DPOTrainer",
@@ -73,24 +50,6 @@ WORDS = {
     "keep-lora-plus": "LoRA+ on gradients filtered as by `keep`",
     "riemannian": "PEFT's Riemannian preconditioning of AdamW",
     "schedule-free": "schedule-free AdamW (package schedulefree): warm-up, then a constant rate",
-    "noise-wide": "`noise` with bounds so wide that the rank asked for is removed",
-    "keep-first-moment": "`keep`, but Adam's second moment sees the gradient before the filter",
-    "noise-first-moment": "`noise-wide`, but Adam's second moment sees the gradient before the filter",
-    "soft-gain": "`noise-wide`, each direction passes Hμ²/(Hμ² + σ²) with H the steps left",
-    "keep-cos2": "`keep`, of each direction only its expected squared cosine with a true one is taken",
-    "keep-all": "`keep` of 16 directions, significant or not",
-    "keep-rank-4": "`keep`, rank 4",
-    "keep-rank-32": "`keep`, rank 32",
-    "keep-0.9": "`keep`, noise and mean remembered with momentum 0.9 instead of 0.97",
-    "keep-0.99": "`keep`, noise and mean remembered with momentum 0.99 instead of 0.97",
-    "keep-references": "`keep`, giving back the span of four running means of the gradient, momenta 0 to 0.99",
-    "agreement": "no filter; micro-batches count less the farther out they lie in an adapter's noise directions",
-    "agreement-pooled": "the same, with distances in units of the spread over all adapters of a shape: the noisy ones "
-    "are weighed, the others hardly",
-    "balanced-order": "no filter; micro-batches come again in an order balanced in the noise directions (GraB)",
-    "frozen-batches": "its control: the same micro-batches again, in a random order",
-    "retain": "AdamW, its change projected onto the null space of gradients of texts that the reference wrote",
-    "replay": "AdamW, with 0.02 times the negative log-likelihood of 4 such texts in the loss of each step",
 }
 
 
@@ -102,8 +61,8 @@ def options_of(method: str) -> dict:
 
 def preparation(method: str) -> Callable[[NSPO2DPOTrainer], Callable | None] | None:
     """What [`lean.train`] is to do once optimizer and schedule are there."""
-    settings, known = METHODS[method], vars(ideas) | vars(kept) | globals()
-    return next((known[settings[name]] for name in OURS if name in settings), None)
+    settings = METHODS[method]
+    return next((globals()[settings[name]] for name in OURS if name in settings), None)
 
 
 def _replace(trainer: NSPO2DPOTrainer, optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .methods import IDEAS, METHODS
+from .methods import METHODS
 from .stats import interval
 from .tables import reported
 
@@ -28,7 +28,7 @@ def colour(method: str) -> str:
 
 def look(method: str) -> dict:
     """Colour by kind of method, dashes within the kind."""
-    same = [name for name in METHODS if name not in IDEAS and colour(name) == colour(method)]
+    same = [name for name in METHODS if colour(name) == colour(method)]
     return {"color": colour(method), "linestyle": STYLES[same.index(method) % len(STYLES)]}
 
 

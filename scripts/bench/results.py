@@ -1,4 +1,4 @@
-"""docs/results.md from the raw files alone: the four claims, variance, convergence; and docs/conditions.md."""
+"""docs/results.md from the raw files alone: the four claims, variance, convergence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import statistics
 from pathlib import Path
 
-from . import conditions, pictures, variance_tables
+from . import pictures, variance_tables
 from .grid import read
-from .methods import IDEAS, WORDS
+from .methods import WORDS
 from .stats import interval
 from .tables import add_speed_and_frontier, compare, line, section, words
 
@@ -68,13 +68,12 @@ def fill(page: Path, title: str, lines: list[str]) -> Path:
 
 
 def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
-    """Write `results.md` and `conditions.md` of the folder `docs`, and the plots; returns the paths."""
+    """Write `results.md` of the folder `docs`, and the plots; returns the paths."""
     docs.mkdir(parents=True, exist_ok=True)
-    records, paths, compared, rows_of = read(raw, "convergence"), [], {}, {}
+    records, paths, rows_of = read(raw, "convergence"), [], {}
     parts: dict[str, list[str]] = {"variance": [], "convergence": []}
     for task in dict.fromkeys(record["cell"]["task"] for record in records):
-        compared[task] = compare(records, task)
-        rows = [row for row in compared[task] if row["chosen"]]
+        rows = compare(records, task)
         if not rows:
             print(f"{task}: plain AdamW has no reported runs yet, so there is nothing to compare with.")
             continue
@@ -100,15 +99,5 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", *parts["variance"]]
     lines += ["## What it does to training", *parts["convergence"]]
-    lines += [
-        "",
-        "The methods:",
-        "",
-        *(f"- `{name}`: {text}" for name, text in WORDS.items() if name not in IDEAS),
-        "",
-    ]
-    pages = [fill(docs / "results.md", "Results", lines)]
-    lines, plots = conditions.lines_of(raw, docs, compared)
-    if lines:
-        pages.append(fill(docs / "conditions.md", "Other conditions", lines))
-    return [*pages, *paths, *plots]
+    lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
+    return [fill(docs / "results.md", "Results", lines), *paths]

@@ -34,28 +34,25 @@ def _samples(by_seed: dict[int, dict], seeds: list[int], figure: str) -> np.ndar
 
 
 def compare(records: list[dict], task: str) -> list[dict]:
-    """Rows of figures, one for each method and rate that was reported; empty where plain AdamW is not there.
+    """Rows of figures, one for each method at the rate that the choosing seeds picked, in the order of METHODS.
 
-    In the order of METHODS, then of rates. "chosen" are those at the rates that the choosing seeds picked, "itself" is
-    that of plain AdamW, which all are compared with.
+    Empty where plain AdamW, which all are compared with, is not there.
     """
     runs, rows = reported(records, task), []
     rates = {name: losses_by_rate(records, task, name) for name in METHODS}
     best = {name: best_rate(losses) for name, losses in rates.items() if losses}
     plain = runs.get(("plain", best["plain"][0]), {}) if "plain" in best else {}
-    order = {name: place for place, name in enumerate(best)}
-    for name, lr in sorted((key for key in runs if key[0] in order), key=lambda key: (order[key[0]], key[1])):
-        own, chosen = runs[name, lr], lr == best[name][0]
+    for name, (lr, edge) in best.items():
+        own = runs.get((name, lr), {})
         seeds = sorted(own.keys() & plain.keys())
         if not seeds:
             continue
         mine, theirs = [own[seed] for seed in seeds], [plain[seed] for seed in seeds]
         losses, others = (np.array([final_loss(run) for run in part]) for part in (mine, theirs))
-        row = {"method": name, "lr": lr, "chosen": chosen, "edge": chosen and best[name][1], "seeds": len(seeds)}
+        row = {"method": name, "lr": lr, "edge": edge, "seeds": len(seeds)}
         bounds, level = interval(losses - others), others.mean()
         share = (losses - others).mean() / level, bounds and (bounds[0] / level, bounds[1] / level)
         row |= {"loss": losses.mean(), "apart": losses - others, "interval": bounds, "gap": share}
-        row["itself"] = own is plain
         row["rivals"] = {
             rate: np.array([final_loss(own[seed]) - final_loss(part[seed]) for seed in seeds if seed in part])
             for (other, rate), part in runs.items()
@@ -63,10 +60,8 @@ def compare(records: list[dict], task: str) -> list[dict]:
         }
         for figure in ("accuracy", "margin"):
             row[figure] = np.array([run["curve"][figure][-1] for run in mine], float).mean()  # nan where one diverged
-        for figure in ("gold", "kl", "forgotten"):
+        for figure in ("gold", "kl"):
             row[figure] = _samples(own, seeds, figure).mean()
-        same = plain if chosen or name == "plain" else runs.get(("plain", lr), plain)
-        row["runs"] = mine, [(same if same.keys() >= set(seeds) else plain)[seed] for seed in seeds]
         measured = [run["nspo2"] for run in mine if "variance_reduction" in run["nspo2"] and name not in UNFILTERED]
         row["removed"] = [figures["variance_reduction"] for figures in measured]
         row["rank"] = statistics.fmean(figures["rank"] for figures in measured) if measured else None
@@ -79,27 +74,10 @@ def compare(records: list[dict], task: str) -> list[dict]:
     return rows
 
 
-def add_kept(rows: list[dict]) -> None:
-    """Into rows of [`compare`]: what the samples show of what was kept, and the skills before training.
-
-    "kept" has for each figure its mean, the difference to plain and its interval; nan where a run diverged. Plain is
-    at its own chosen rate where the method is, else at the method's rate. "before" is empty where the skills were not
-    measured.
-    """
-    for row in rows:
-        mine, theirs = ([run["samples"] | run["samples"].get("skills", {}) for run in part] for part in row["runs"])
-        measured = [[run for run in part if "skills" in run] for part in (mine, theirs)]
-        row["before"] = measured[0][0]["skills_before"] if all(measured) else {}
-        row["kept"] = {}
-        for figure in ("gold", "kl", "forgotten", *row["before"]):
-            own, plain = (np.array([run.get(figure, math.nan) for run in part]) for part in (mine, theirs))
-            row["kept"][figure] = own.mean(), (own - plain).mean(), interval(own - plain)
-
-
 def add_speed_and_frontier(rows: list[dict], records: list[dict], task: str) -> None:
     """Into rows of [`compare`]: steps to plain's loss at SHARES of its run, gold score less plain's at its KL."""
     runs = reported(records, task)
-    plain = next(runs["plain", row["lr"]] for row in rows if row["itself"])
+    plain = next(runs["plain", row["lr"]] for row in rows if row["method"] == "plain")
     for row in rows:
         own = runs[row["method"], row["lr"]]
         seeds = sorted(own.keys() & plain.keys())
@@ -147,10 +125,10 @@ def difference(row: dict) -> list[str]:
     A method that beats plain at the rate chosen for it has not won where plain does as well at another,
     or where seeds are missing that would tell.
     """
-    if row["itself"]:
+    if row["method"] == "plain":
         return ["", ""]
     shown = verdict(row["apart"], row.get("corrected"))
-    if row["method"] != "plain" and shown.endswith("better"):
+    if shown.endswith("better"):
         lost = {rate: apart.mean() for rate, apart in row["rivals"].items() if verdict(apart) != "better"}
         if lost:
             shown += f", but not than `plain` at {max(lost, key=lost.get):g}"
@@ -159,28 +137,14 @@ def difference(row: dict) -> list[str]:
     return [words(row["apart"].mean(), row["interval"]), shown]
 
 
-def removed(row: dict) -> str:
-    if not row["removed"]:
-        return ""
-    return f"{100 * statistics.fmean(row['removed']):.0f} %, rank {row['rank']:.1f}"
-
-
-def rate(row: dict) -> str:
-    return f"{row['lr']:g}" + (" (at the edge of the grid)" if row["edge"] else "")
-
-
 def loss_table(rows: list[dict]) -> list[str]:
     head = ["method", "learning rate", "held-out loss", "difference to plain [95 %]", "", "accuracy", "margin"]
     lines = [line([*head, "noise removed", "pairs a step", "CPU ms a step"]), "|---" * 10 + "|"]
     for row in rows:
-        figures = [
-            f"{row['accuracy']:.3f}",
-            f"{row['margin']:.2f}",
-            removed(row),
-            str(row["pairs"]),
-            f"{row['ms']:.0f}",
-        ]
-        lines.append(line([f"`{row['method']}`", rate(row), f"{row['loss']:.4f}", *difference(row), *figures]))
+        rate = f"{row['lr']:g}" + (" (at the edge of the grid)" if row["edge"] else "")
+        removed = f"{100 * statistics.fmean(row['removed']):.0f} %, rank {row['rank']:.1f}" if row["removed"] else ""
+        figures = [f"{row['accuracy']:.3f}", f"{row['margin']:.2f}", removed, str(row["pairs"]), f"{row['ms']:.0f}"]
+        lines.append(line([f"`{row['method']}`", rate, f"{row['loss']:.4f}", *difference(row), *figures]))
     return lines
 
 

@@ -8,15 +8,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.train import build, parse
 
 from . import ROOT, lean
 from .judge import judge
-from .methods import IDEAS, options_of, preparation
-from .packed import Pair
+from .methods import options_of, preparation
 
 CACHE = ROOT / "out/bench_cache"
 
@@ -25,7 +22,7 @@ def make_trainer(cell: dict, folders: dict[str, str]) -> NSPO2DPOTrainer:
     """The trainer of a cell, from the quick start's recipe: 4 micro-batches of 4 pairs, LoRA 8 on all linear layers.
 
     Args:
-        cell: see [`grid`] and [`studies`]. folders: `model` and `data` of the task.
+        cell: see [`grid`]. folders: `model` and `data` of the task.
     """
     options = {
         "model_name_or_path": folders["model"],
@@ -38,23 +35,10 @@ def make_trainer(cell: dict, folders: dict[str, str]) -> NSPO2DPOTrainer:
         "use_cpu": True,
         "disable_tqdm": True,
         "output_dir": str(Path(tempfile.gettempdir()) / "nspo2_bench"),  # nothing is written there
-        **cell.get("options", {}),
         **options_of(cell["method"]),
     }
     argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    trainer = build(*parse(["--config", str(ROOT / "recipes/quickstart/dpo.yaml"), *argv]))
-    if "pairs" in cell:
-        trainer.train_dataset = trainer.train_dataset.select(range(cell["pairs"]))
-    return trainer
-
-
-def turn_round(data: lean.Data, share: float) -> None:
-    """Have the answers of a share of the training pairs change places, the same ones in every run."""
-    count = len(data.train)
-    for i in torch.randperm(count, generator=torch.Generator().manual_seed(0))[: round(share * count)].tolist():
-        pair = data.train[i]
-        data.train[i] = Pair(pair.prompt, pair.rejected, pair.chosen)
-        data.train_reference[:, i] = data.train_reference[:, i].flip(0)
+    return build(*parse(["--config", str(ROOT / "recipes/quickstart/dpo.yaml"), *argv]))
 
 
 def short(value):
@@ -75,15 +59,12 @@ def run_cell(cell: dict, folders: dict[str, str]) -> dict:
     trainer = make_trainer(cell, folders)
     number = cell["held_out"]  # rates are not chosen on the pairs that are reported
     data = lean.load_data(trainer, range(number) if report else range(number, 2 * number), CACHE)
-    turn_round(data, cell.get("label_noise", 0))
     run = lean.train(trainer, data, stride=2 if report else 5, prepare=preparation(cell["method"]))
     figures = {}
     for name in ("variance_reduction", "rank", "bias", "noise_scale"):
         values = [entry[name] for entry in run.figures if name in entry]
         if values:
             figures[name] = sum(values) / len(values)
-    if cell["method"] in IDEAS:  # the engine measures its own filter, not what is made of it here
-        figures = {}
     finite = math.isfinite(run.curve[-1]["loss"])  # a model that diverged writes nothing
     found = {
         "cell": cell,

@@ -10,7 +10,7 @@ The mean is that of the population that the data are drawn from, not of the data
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from nspo2_trl.projection import coordinates, restrict
 from nspo2_trl.strategies import select
 
 from . import lean
-from .packed import Packed, PackedLlama, Pair
+from .packed import Packed, PackedLlama
 
 PAIRS = 4  # a micro-batch
 AT_ONCE = 16  # micro-batches in one pass
@@ -51,33 +51,20 @@ def snapshots(trainer: NSPO2DPOTrainer, data: lean.Data) -> dict[str, list[torch
     return found
 
 
-def sample_gradients(
-    llama: PackedLlama, pairs: list[Pair], each: int, loss: Callable[[torch.Tensor, slice], torch.Tensor]
-) -> dict[int, torch.Tensor]:
-    """By `id` of a LoRA matrix its gradient in each sample, (n, *shape); a sample has `each` of the `pairs`.
-
-    Args:
-        loss: of the log-probabilities (2, P) of the pairs in a slice, summed over its samples.
-    """
-    found = {id(p): torch.zeros(len(pairs) // each, *p.shape) for p in llama.factors}
-    for start in range(0, len(pairs), AT_ONCE * each):
-        part = slice(start, min(start + AT_ONCE * each, len(pairs)))
-        first, last = start // each, part.stop // each
-        sinks = {key: list(grads[first:last]) for key, grads in found.items()}
-        loss(llama.log_probs(Packed(pairs[part], last - first), sinks), part).backward()
+def gradients(trainer: NSPO2DPOTrainer, data: lean.Data, rows: list[int]) -> dict[int, torch.Tensor]:
+    """By `id` of a LoRA matrix its gradient in each micro-batch of `PAIRS` of the `rows`, (n, *shape)."""
+    llama = PackedLlama(trainer.model)
+    found = {id(p): torch.zeros(len(rows) // PAIRS, *p.shape) for p in llama.factors}
+    for start in range(0, len(rows), AT_ONCE * PAIRS):
+        part = rows[start : start + AT_ONCE * PAIRS]
+        first, count = start // PAIRS, len(part) // PAIRS
+        sinks = {key: list(grads[first : first + count]) for key, grads in found.items()}
+        policy = llama.log_probs(Packed([data.train[row] for row in part], count), sinks)
+        ratios = policy - data.train_reference[:, part]
+        (-F.logsigmoid(trainer.args.beta * (ratios[0] - ratios[1])).sum() / PAIRS).backward()
     for p in llama.factors:
         p.grad = None
     return found
-
-
-def gradients(trainer: NSPO2DPOTrainer, data: lean.Data, rows: list[int]) -> dict[int, torch.Tensor]:
-    """By `id` of a LoRA matrix its gradient in each micro-batch of `PAIRS` of the `rows`, (n, *shape)."""
-
-    def loss(policy: torch.Tensor, part: slice) -> torch.Tensor:
-        ratios = policy - data.train_reference[:, rows[part]]
-        return -F.logsigmoid(trainer.args.beta * (ratios[0] - ratios[1])).sum() / PAIRS
-
-    return sample_gradients(PackedLlama(trainer.model), [data.train[row] for row in rows], PAIRS, loss)
 
 
 def stacked(groups: BlockGroups, grads: dict[int, torch.Tensor]) -> list[torch.Tensor]:
