@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import NSPO2Config, get_default_config
-from .core import NSPO2
-from .optimizer import NSPO2Optimizer, create_nspo2_optimizer
+from .engine.by_hand import NSPO2
+from .training.optimizer import NSPO2Optimizer, create_nspo2_optimizer
 
 if TYPE_CHECKING:
-    from .dpo_config import NSPO2DPOConfig
-    from .trainer import NSPO2DPOTrainer, attach_nspo2
-    from .trainers import (
+    from .training.attach import attach_nspo2
+    from .training.dpo import NSPO2DPOTrainer
+    from .training.options import NSPO2DPOConfig
+    from .training.trainers import (
         NSPO2GRPOConfig,
         NSPO2GRPOTrainer,
         NSPO2KTOConfig,
@@ -25,17 +26,17 @@ __version__ = "0.2.0"
 
 # the engine needs torch alone; TRL is imported only by those who ask for a trainer
 _NEEDS_TRL = {
-    "NSPO2DPOConfig": "dpo_config",
-    "NSPO2DPOTrainer": "trainer",
-    "attach_nspo2": "trainer",
-    "NSPO2GRPOConfig": "trainers",
-    "NSPO2GRPOTrainer": "trainers",
-    "NSPO2KTOConfig": "trainers",
-    "NSPO2KTOTrainer": "trainers",
-    "NSPO2RewardConfig": "trainers",
-    "NSPO2RewardTrainer": "trainers",
-    "NSPO2SFTConfig": "trainers",
-    "NSPO2SFTTrainer": "trainers",
+    "NSPO2DPOConfig": "training.options",
+    "NSPO2DPOTrainer": "training.dpo",
+    "attach_nspo2": "training.attach",
+    "NSPO2GRPOConfig": "training.trainers",
+    "NSPO2GRPOTrainer": "training.trainers",
+    "NSPO2KTOConfig": "training.trainers",
+    "NSPO2KTOTrainer": "training.trainers",
+    "NSPO2RewardConfig": "training.trainers",
+    "NSPO2RewardTrainer": "training.trainers",
+    "NSPO2SFTConfig": "training.trainers",
+    "NSPO2SFTTrainer": "training.trainers",
 }
 
 __all__ = [

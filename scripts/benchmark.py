@@ -41,7 +41,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f'error: {error.name} is missing: run `pip install -e ".[bench]"`.') from None
 
-from nspo2_trl.train import build, parse
+from nspo2_trl.cli.train import build, parse
 
 
 def device_name(use_cpu: bool) -> str:

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from nspo2_trl import create_nspo2_optimizer, get_default_config
-from nspo2_trl.comparison import Run, table, write_page
+from nspo2_trl.cli.comparison import Run, table, write_page
 
 METHODS = ["plain", "noise", "keep", "hybrid"]
 
@@ -70,7 +70,7 @@ def recipe(method: str, seed: int, options: list[str], folder: Path) -> Run:
     """One run of a recipe through the trainer, with the held-out figures where there are some."""
     from transformers import TrainerCallback
 
-    from nspo2_trl.train import build, parse
+    from nspo2_trl.cli.train import build, parse
 
     class Spectrum(TrainerCallback):
         def on_log(self, args, state, control, **kwargs):

@@ -1,9 +1,9 @@
-"""Train a LoRA adapter with DPO and NSPO2 from a recipe; `nspo2_trl/train.py` has the code.
+"""Train a LoRA adapter with DPO and NSPO2 from a recipe; `nspo2_trl/cli/train.py` has the code.
 
 accelerate launch scripts/train.py --config recipes/quickstart/dpo.yaml [--any_field value]
 """
 
-from nspo2_trl.train import main
+from nspo2_trl.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -16,50 +16,50 @@ import torch
 from conftest import LORA, MODEL, ROOT
 from packaging.requirements import Requirement
 
-from nspo2_trl.checkpoints import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from nspo2_trl.training.checkpoints import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 
-PACKAGE = {path.name: path.read_text() for path in sorted((ROOT / "nspo2_trl").glob("*.py"))}
+PACKAGE = {path.name: path.read_text() for path in sorted((ROOT / "nspo2_trl").rglob("*.py"))}
 LIBRARIES = ("accelerate", "datasets", "deepspeed", "peft", "safetensors", "torch", "transformers", "trl")
 
 # Where a name stands, the name, what it is for. An attribute that is set on instances counts as well.
 NAMES = [
     # ---- Transformers ----
-    ("transformers.Trainer", "_get_output_dir", "trainer.py: the folder of a checkpoint that is half saved"),
-    ("transformers.Trainer", "add_callback", "trainer.py: hooks into the steps"),
+    ("transformers.Trainer", "_get_output_dir", "saving.py: the folder of a checkpoint that is half saved"),
+    ("transformers.Trainer", "add_callback", "mixin.py: hooks into the steps"),
     ("transformers.Trainer", "remove_callback", "train.py: a live table in the place of the progress bar"),
-    ("transformers.Trainer", "is_world_process_zero", "trainer.py: who writes the model card"),
-    ("transformers.Trainer", "accelerator", "trainer.py: what kind of run it is"),
-    ("transformers.Trainer", "deepspeed", "trainer.py: the engine whose step is wrapped"),
-    ("transformers.Trainer", "is_fsdp_enabled", "trainer.py: whether the parameters are going to be sharded"),
-    ("transformers.Trainer", "optimizer", "trainer.py: drops a gradient that would ruin the weights"),
+    ("transformers.Trainer", "is_world_process_zero", "mixin.py: who writes the model card"),
+    ("transformers.Trainer", "accelerator", "mixin.py: what kind of run it is"),
+    ("transformers.Trainer", "deepspeed", "mixin.py: the engine whose step is wrapped"),
+    ("transformers.Trainer", "is_fsdp_enabled", "mixin.py: whether the parameters are going to be sharded"),
+    ("transformers.Trainer", "optimizer", "mixin.py: drops a gradient that would ruin the weights"),
     ("transformers.Trainer", "save_state", "train.py: trainer_state.json beside the adapter"),
-    ("transformers.TrainerState", "max_steps", "trainer.py: the share of training done, for nspo2_anneal"),
-    ("transformers.TrainerState", "global_step", "trainer.py: the same"),
+    ("transformers.TrainerState", "max_steps", "mixin.py: the share of training done, for nspo2_anneal"),
+    ("transformers.TrainerState", "global_step", "mixin.py: the same"),
     ("transformers.TrainerState", "log_history", "train.py, card.py: the figures in the tables"),
-    ("transformers.TrainingArguments", "train_batch_size", "trainer.py: noise_scale in examples"),
-    ("transformers.TrainingArguments", "gradient_accumulation_steps", "trainer.py: micro-batches of a step"),
+    ("transformers.TrainingArguments", "train_batch_size", "mixin.py: noise_scale in examples"),
+    ("transformers.TrainingArguments", "gradient_accumulation_steps", "mixin.py: micro-batches of a step"),
     (
         "transformers.TrainingArguments",
         "world_size",
-        "trainer.py: noise_scale; arguments.py: whether processes meet",
+        "mixin.py: noise_scale; arguments.py: whether processes meet",
     ),
     ("transformers.TrainingArguments", "process_index", "data.py: who prints"),
-    ("transformers.TrainingArguments", "should_save", "trainer.py: who writes nspo2_state.pt"),
+    ("transformers.TrainingArguments", "should_save", "mixin.py: who writes nspo2_state.pt"),
     ("transformers.TrainingArguments", "eval_on_start", "train.py: held-out figures before training"),
     ("transformers.TrainingArguments", "to_dict", "card.py: the settings, with secrets masked"),
-    ("transformers.TrainerCallback", "on_train_begin", "trainer.py: attaches the hooks"),
+    ("transformers.TrainerCallback", "on_train_begin", "mixin.py: attaches the hooks"),
     ("transformers.TrainerCallback", "on_step_begin", "timing.py: the time of a step"),
-    ("transformers.TrainerCallback", "on_substep_end", "trainer.py: the next micro-batch"),
-    ("transformers.TrainerCallback", "on_pre_optimizer_step", "trainer.py: filters the gradient"),
-    ("transformers.TrainerCallback", "on_optimizer_step", "trainer.py: filters the update, forgets the samples"),
+    ("transformers.TrainerCallback", "on_substep_end", "mixin.py: the next micro-batch"),
+    ("transformers.TrainerCallback", "on_pre_optimizer_step", "mixin.py: filters the gradient"),
+    ("transformers.TrainerCallback", "on_optimizer_step", "mixin.py: filters the update, forgets the samples"),
     ("transformers.TrainerCallback", "on_step_end", "timing.py: the time of a step"),
-    ("transformers.TrainerCallback", "on_evaluate", "trainer.py: shows eval_loss to the sentinel"),
-    ("transformers.TrainerCallback", "on_train_end", "trainer.py: detaches the hooks"),
+    ("transformers.TrainerCallback", "on_evaluate", "mixin.py: shows eval_loss to the sentinel"),
+    ("transformers.TrainerCallback", "on_train_end", "mixin.py: detaches the hooks"),
     ("transformers.PretrainedConfig", "_name_or_path", "card.py: the base model's name"),
     ("transformers.trainer_utils", "rotate_checkpoints", "checkpoints.py: old ones go when a new one is whole"),
     # ---- TRL ----
-    ("trl.trainer.base_trainer._BaseTrainer", "_tag_names", "trainer.py: tags of the model card"),
-    ("trl.trainer.base_trainer._BaseTrainer", "_name", "trainer.py: the name of the output folder"),
+    ("trl.trainer.base_trainer._BaseTrainer", "_tag_names", "mixin.py: tags of the model card"),
+    ("trl.trainer.base_trainer._BaseTrainer", "_name", "mixin.py: the name of the output folder"),
     ("trl.trainer.base_trainer._BaseTrainer", "_paper", "card.py: the model card cites the trainer's paper"),
     ("trl.DPOConfig", "model_init_kwargs", "train.py: dtype and revision of the model"),
     ("trl.DPOConfig", "trust_remote_code", "train.py: the same"),
@@ -80,22 +80,22 @@ NAMES = [
     ("accelerate.Accelerator", "is_fsdp2", "refusals.py: FSDP1 is refused"),
     ("accelerate.Accelerator", "parallelism_config", "refusals.py: tensor parallelism is refused"),
     ("accelerate.Accelerator", "distributed_type", "refusals.py: what else is refused"),
-    ("accelerate.Accelerator", "num_processes", "trainer.py: whether ranks share the work"),
+    ("accelerate.Accelerator", "num_processes", "mixin.py: whether ranks share the work"),
     ("accelerate.ParallelismConfig", "tp_enabled", "refusals.py: tensor parallelism is refused"),
     ("accelerate.ParallelismConfig", "cp_enabled", "refusals.py: context parallelism is refused"),
     ("accelerate.ParallelismConfig", "sp_enabled", "refusals.py: sequence parallelism is refused"),
     ("accelerate.utils.FullyShardedDataParallelPlugin", "cpu_offload", "refusals.py: offloading is refused"),
     *[
-        ("accelerate.utils.DistributedType", kind, "trainer.py: supported kinds of runs")
+        ("accelerate.utils.DistributedType", kind, "mixin.py: supported kinds of runs")
         for kind in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")
     ],
     # ---- torch ----
-    ("torch.distributed.tensor.DTensor", "to_local", "blocks.py: what a rank has of a parameter under FSDP2"),
-    ("torch.distributed.tensor.DTensor", "device_mesh", "sharding.py: hybrid sharding is refused"),
-    ("torch.distributed.tensor.DTensor", "placements", "sharding.py: rows that a rank has"),
-    ("torch", "_foreach_copy_", "blocks.py: copies all gradients of a group at once"),
-    ("torch.distributed", "all_gather_into_tensor", "sharding.py: the filtered gradient, before torch 2.13"),
-    ("torch.distributed", "all_to_all_single", "sharding.py: gradient samples"),
+    ("torch.distributed.tensor.DTensor", "to_local", "stacks.py: what a rank has of a parameter under FSDP2"),
+    ("torch.distributed.tensor.DTensor", "device_mesh", "local_parts.py: hybrid sharding is refused"),
+    ("torch.distributed.tensor.DTensor", "placements", "local_parts.py: rows that a rank has"),
+    ("torch", "_foreach_copy_", "stacks.py: copies all gradients of a group at once"),
+    ("torch.distributed", "all_gather_into_tensor", "shards.py: the filtered gradient, before torch 2.13"),
+    ("torch.distributed", "all_to_all_single", "shards.py: gradient samples"),
     ("torch.optim.Optimizer", "param_groups", "optimizer.py: shared with the optimizer inside"),
     ("torch.optim.Optimizer", "state", "optimizer.py: the same"),
     ("torch.optim.Optimizer", "defaults", "optimizer.py: the same"),
@@ -103,20 +103,20 @@ NAMES = [
 
 # Where a method stands, its name, parameters that must be there, what it is for.
 METHODS = [
-    ("transformers.Trainer", "log", ["logs", "start_time"], "trainer.py: logs nspo2/ figures"),
-    ("transformers.Trainer", "_save_checkpoint", ["model", "trial"], "trainer.py: removes a half-saved checkpoint"),
-    ("transformers.Trainer", "_save_optimizer_and_scheduler", ["output_dir"], "trainer.py: saves its state there"),
-    ("transformers.Trainer", "_load_optimizer_and_scheduler", ["checkpoint"], "trainer.py: loads its state there"),
-    ("transformers.Trainer", "_save_rng_state", ["output_dir"], "trainer.py: all learn whether one could not write"),
-    ("transformers.Trainer", "train", ["resume_from_checkpoint"], "trainer.py: passes over half a checkpoint"),
+    ("transformers.Trainer", "log", ["logs", "start_time"], "mixin.py: logs nspo2/ figures"),
+    ("transformers.Trainer", "_save_checkpoint", ["model", "trial"], "saving.py: removes a half-saved checkpoint"),
+    ("transformers.Trainer", "_save_optimizer_and_scheduler", ["output_dir"], "saving.py: saves its state there"),
+    ("transformers.Trainer", "_load_optimizer_and_scheduler", ["checkpoint"], "saving.py: loads its state there"),
+    ("transformers.Trainer", "_save_rng_state", ["output_dir"], "saving.py: all learn whether one could not write"),
+    ("transformers.Trainer", "train", ["resume_from_checkpoint"], "mixin.py: passes over half a checkpoint"),
     ("transformers.Trainer", "push_to_hub", [], "train.py"),
     (
         "trl.trainer.base_trainer._BaseTrainer",
         "create_model_card",
         ["model_name", "dataset_name"],
-        "trainer.py: adds the run's figures",
+        "mixin.py: adds the run's figures",
     ),
-    ("trl.trainer.utils", "get_config_model_id", ["config"], "trainer.py: the name of the output folder"),
+    ("trl.trainer.utils", "get_config_model_id", ["config"], "mixin.py: the name of the output folder"),
     ("trl.TrlParser", "parse_args_and_config", ["args"], "train.py: reads recipes"),
     *[
         (
@@ -339,7 +339,7 @@ def test_names_of_lora_parameters_and_the_reference_adapter(make_trainer):
     from transformers import AutoModelForCausalLM
     from trl import DPOTrainer
 
-    from nspo2_trl.adapters import lora_blocks
+    from nspo2_trl.layout.adapters import lora_blocks
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
     modules = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]

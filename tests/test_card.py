@@ -11,8 +11,9 @@ from test_scripts import command, logged, small_data
 from transformers import BitsAndBytesConfig
 from trl import DPOTrainer, RichProgressCallback
 
-from nspo2_trl import NSPO2Config, attach_nspo2, train
-from nspo2_trl.card import means
+from nspo2_trl import NSPO2Config, attach_nspo2
+from nspo2_trl.cli import train
+from nspo2_trl.training.card import means
 
 
 def test_card_has_the_recipe_and_the_figures_of_the_run(make_trainer):

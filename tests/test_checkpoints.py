@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from nspo2_trl.arguments import checkpoint_to_resume
-from nspo2_trl.checkpoints import NSPO2_STATE_NAME, CheckpointError, last_checkpoint, unreadable_file
+from nspo2_trl.cli.arguments import checkpoint_to_resume
+from nspo2_trl.training.checkpoints import NSPO2_STATE_NAME, CheckpointError, last_checkpoint, unreadable_file
 
 
 def saving(make_trainer, **args):

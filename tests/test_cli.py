@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, launch_and_log
 from test_scripts import command
 
-from nspo2_trl import arguments, cli, train
+from nspo2_trl.cli import arguments, train
+from nspo2_trl.cli import command as cli
 
 
 def said(capsys, *argv) -> str:

@@ -378,7 +378,7 @@ def test_random_directions_remove_what_their_number_says(tmp_path, monkeypatch):
         data = lean.load_data(trainer, range(20), tmp_path)
         run = lean.train(trainer, data, looks=1, prepare=methods.preparation(method))
         removed[method] = run.figures[-1]["variance_reduction"]
-        dims = [part.cov.dim for part in trainer.nspo2.parts]
+        dims = [part.cov.dim for part in trainer.nspo2.filters]
     assert 0.3 * 8 / max(dims) < removed["random"] < 2 * 8 / min(dims) < removed["keep"]
 
 

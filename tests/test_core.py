@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from reference import Reference
 
 from nspo2_trl import NSPO2, NSPO2Config
-from nspo2_trl.covariance import mixture
-from nspo2_trl.metrics import reset_sums, summarize
-from nspo2_trl.samples import sample_share
+from nspo2_trl.engine.covariance import mixture
+from nspo2_trl.engine.filter import figures
+from nspo2_trl.training.samples import sample_share
 
 
 def config(**options):
@@ -50,7 +50,7 @@ def test_agrees_with_the_slow_reference(strategy, n, dtype, tolerance):
             expected = slow[block].step(samples[:, block, 0])
             error = (got[block, 0].double() - expected).norm() / expected.norm()
             assert error < tolerance, (engine.step_count, block)
-    found = summarize([engine])
+    found = figures([engine])
     total = sum(s.removed for s in slow) / sum(s.energy for s in slow)
     assert found["variance_reduction"] == pytest.approx(total, abs=1e-4)
     if strategy == "keep":
@@ -96,7 +96,7 @@ def test_invariants_of_the_filter(seed, strategy, n, vectors, dim, radius, targe
         assert (result.norm(dim=(1, 2)) <= grad.norm(dim=(1, 2)) * (1 + 1e-5)).all()
         basis = engine.cov.basis
         overlap = basis @ basis.mT
-        present = (engine.cov.eigenvalues > 0).float()
+        present = (engine.cov.values > 0).float()
         assert (overlap - torch.diag_embed(present)).abs().max() < 1e-4
     if engine.is_active:
         head, m = engine.head(), engine.reference
@@ -126,12 +126,12 @@ def test_finds_planted_noise_and_scores_it_on_fresh_samples(n):
         samples = noise[:, None, None]
         engine.step(samples, samples.mean(0))
         if step == 30:
-            reset_sums([engine])
+            engine.sums.reset()
         if step > 60:
             ranks.append(engine.rank.item())
     share = 4 * 25 / (4 * 25 + 0.01 * dim)  # of the noise that is planted
     assert sum(ranks) / len(ranks) == pytest.approx(4, abs=0.3)
-    assert summarize([engine])["variance_reduction"] == pytest.approx(share, abs=0.02)
+    assert figures([engine])["variance_reduction"] == pytest.approx(share, abs=0.02)
     angles = torch.rad2deg(torch.arccos(torch.linalg.svdvals(engine.cov.basis[0, :4] @ planted).clamp(max=1)))
     assert angles.max() < 10
 
@@ -147,7 +147,7 @@ def test_white_noise_promises_nothing(n):
         samples = torch.randn(n, 8, 1, dim)
         for engine in (fixed, free):
             engine.step(samples, samples.mean(0))
-    assert summarize([fixed])["variance_reduction"] == pytest.approx(4 / dim, rel=0.3)
+    assert figures([fixed])["variance_reduction"] == pytest.approx(4 / dim, rel=0.3)
     assert free.rank.double().mean() < 0.3
 
 
@@ -176,7 +176,7 @@ def test_noise_scale_and_signal_removed_on_a_planted_problem(n):
     for _ in range(600):
         samples = (signal + torch.randn(n, dim) * scales)[:, None, None]
         engine.step(samples, samples.mean(0))
-    found = summarize([engine], batch_size=batch)
+    found = figures([engine], batch_size=batch)
     exact = scales.square().sum().item() / n * batch  # ‖E g‖² = 1
     assert found["noise_scale"] == pytest.approx(exact, rel=0.1)
     assert found["signal_removed"] == pytest.approx(0.64, abs=0.1)
@@ -189,7 +189,7 @@ def test_figures_without_evidence_are_left_out():
     for _ in range(40):
         samples = torch.randn(4, 1, 1, 50)
         engine.step(samples, samples.mean(0))
-    assert "noise_scale" not in summarize([engine]) and "signal_removed" not in summarize([engine])
+    assert "noise_scale" not in figures([engine]) and "signal_removed" not in figures([engine])
 
 
 def test_anneal_ends_the_projection():
@@ -224,7 +224,7 @@ def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, n, stop):
         expected = whole.step(samples, grad)
         got = (first if step < stop else second).step(samples, grad)
         assert torch.equal(expected, got)
-    assert summarize([whole]) == summarize([second])
+    assert figures([whole]) == figures([second])
 
 
 def test_a_state_of_other_blocks_is_refused():
@@ -330,7 +330,7 @@ def test_steps_of_one_sample_among_others_do_not_bias_the_noise_scale():
         n = 1 if step % 4 == 3 else 4
         samples = (signal + torch.randn(n, 60))[:, None, None]
         engine.step(samples, samples.mean(0))
-    assert summarize([engine])["noise_scale"] == pytest.approx(60 / 4, rel=0.15)
+    assert figures([engine])["noise_scale"] == pytest.approx(60 / 4, rel=0.15)
 
 
 @pytest.mark.parametrize("update_freq", [2, 5, 10])
@@ -346,7 +346,7 @@ def test_white_noise_is_not_significant_where_some_steps_are_left_out(n, update_
         engine.step(samples, torch.randn(8, 1, 4000))
         if engine.cov is not None:
             ranks.append(engine.rank.float().mean().item())
-            assert (engine.cov.eigenvalues.sum(1) <= engine.cov.trace * 1.001).all() or not engine.cov.solved
+            assert (engine.cov.values.sum(1) <= engine.cov.trace * 1.001).all() or not engine.cov.solved
     assert sum(ranks) / len(ranks) < 0.2, ranks
 
 
@@ -398,7 +398,7 @@ def test_a_bfloat16_basis_costs_half_the_memory_and_little_accuracy():
     basis = rough.cov.basis[0, :4].float()
     assert (basis @ basis.T - torch.eye(4)).abs().max() < 2e-3
     assert (got[0] @ basis.T).norm() < 0.01 * (grad[0] @ basis.T).norm()
-    shares = [summarize([engine])["variance_reduction"] for engine in (fine, rough)]
+    shares = [figures([engine])["variance_reduction"] for engine in (fine, rough)]
     assert shares[1] == pytest.approx(shares[0], abs=2e-3)
 
 

@@ -8,7 +8,8 @@ from conftest import ROOT
 from datasets import Dataset, DatasetDict, IterableDataset
 from test_scripts import command, few_rows, logged, refused
 
-from nspo2_trl import NSPO2DPOTrainer, train
+from nspo2_trl import NSPO2DPOTrainer
+from nspo2_trl.cli import train
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 

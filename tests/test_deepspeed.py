@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("deepspeed")
 
-from nspo2_trl.deepspeed import unwrap_step, wrap_step
+from nspo2_trl.training.deepspeed import unwrap_step, wrap_step
 
 launch = test_distributed.launch  # the fixture
 STAGES = pytest.mark.parametrize("stage", [1, 2, 3])

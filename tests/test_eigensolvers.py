@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nspo2_trl.eigensolvers import EXACT_MAX_DIM, EigSolver, eigh
+from nspo2_trl.engine.eigensolvers import EXACT_MAX_DIM, EigSolver, eigh
 
 METHODS = ["gram", "exact", "randomized"]
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from bench import lean
 from bench.packed import Packed, PackedLlama
 
-from nspo2_trl.train import build, parse
+from nspo2_trl.cli.train import build, parse
 
 RECIPE = str(ROOT / "recipes/quickstart/dpo.yaml")
 FOLDERS = ["--model_name_or_path", str(ROOT / "recipes/quickstart/model")]

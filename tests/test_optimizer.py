@@ -90,7 +90,7 @@ def test_update_space_projects_the_change_of_the_parameters():
         model.weight.grad = torch.randn(1, 40) * torch.logspace(1, -1, 40)
         basis = None
         if optimizer.get_metrics()["is_active"] if step else False:
-            basis = optimizer.nspo2.parts[0].cov.basis[0, :4].clone()
+            basis = optimizer.nspo2.filters[0].cov.basis[0, :4].clone()
         optimizer.step()
         if basis is not None:
             change = (model.weight.detach() - before)[0]
@@ -104,15 +104,15 @@ def test_update_space_projects_the_change_of_the_parameters():
 def test_blocks_of_parameters_a_model_and_by_hand():
     model = network()
     by_parameter = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1})
-    assert sum(len(group.names) for group in by_parameter.nspo2.groups) == 4
+    assert sum(len(group.names) for group in by_parameter.nspo2.stacks) == 4
     by_module = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.1})
-    assert sorted(name for group in by_module.nspo2.groups for name in group.names) == ["0", "2"]
+    assert sorted(name for group in by_module.nspo2.stacks for name in group.names) == ["0", "2"]
     whole = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1}, blocks=[list(model.parameters())])
-    assert [group.shape for group in whole.nspo2.groups] == [(1, sum(p.numel() for p in model.parameters()))]
+    assert [group.shape for group in whole.nspo2.stacks] == [(1, sum(p.numel() for p in model.parameters()))]
     groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}]
     in_groups = create_nspo2_optimizer(iter(groups), optim.SGD, {"lr": 0.1})
     assert [group["lr"] for group in in_groups.param_groups] == [0.2, 0.1]
-    assert sum(len(group.names) for group in in_groups.nspo2.groups) == 4
+    assert sum(len(group.names) for group in in_groups.nspo2.stacks) == 4
 
 
 def test_lora_adapters_of_a_model_are_blocks():
@@ -122,7 +122,7 @@ def test_lora_adapters_of_a_model_are_blocks():
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
     optimizer = create_nspo2_optimizer(model, optim.AdamW, {"lr": 1e-3})
-    names = [name for group in optimizer.nspo2.groups for name in group.names]
+    names = [name for group in optimizer.nspo2.stacks for name in group.names]
     assert len(names) == 9 and all(name.endswith(":default") for name in names)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 18
 
@@ -166,7 +166,7 @@ def test_parameters_added_later_get_an_estimate_of_their_own():
     train(second, optimizer, 6)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5]
     assert all(not torch.equal(a, b) for a, b in zip(before, second.parameters()))
-    assert [part.step_count for part in optimizer.nspo2.parts] == [12] * 4 + [6] * 4
+    assert [part.step_count for part in optimizer.nspo2.filters] == [12] * 4 + [6] * 4
     assert math.isfinite(optimizer.get_metrics()["recent_variance_reduction"])
 
 
@@ -411,10 +411,10 @@ def test_noise_finds_planted_directions_and_ends_closer_over_20_seeds():
         distance, planted, optimizer = quadratic("noise", seed)
         with_it.append(distance)
         without.append(quadratic("noise", seed, nspo2=False)[0])
-        basis = optimizer.nspo2.parts[0].cov.basis[0, :4]
+        basis = optimizer.nspo2.filters[0].cov.basis[0, :4]
         angles = torch.rad2deg(torch.arccos(torch.linalg.svdvals(basis @ planted).clamp(max=1)))
         assert angles.max() < 10
-        head = optimizer.nspo2.parts[0].head()
+        head = optimizer.nspo2.filters[0].head()
         fresh = (planted @ torch.randn(4, 1000) * 5).T[:, None, None]
         left = torch.stack([head.apply(sample) for sample in fresh]).square().sum() / fresh.square().sum()
         assert left <= 0.1
@@ -428,7 +428,7 @@ def test_keep_does_not_lose_a_signal_inside_the_noisy_directions():
     kept = {}
     for strategy in ("keep", "noise"):
         _, planted, optimizer = quadratic(strategy, 0, steps=200, signal_inside=True)
-        part = optimizer.nspo2.parts[0]
+        part = optimizer.nspo2.filters[0]
         mean = part.reference
         kept[strategy] = (part.head().apply(mean).norm() / mean.norm()).item()
     assert kept["keep"] >= 0.95 and kept["noise"] < 0.3
@@ -442,7 +442,7 @@ def test_a_million_entries_in_one_block():
     for _ in range(23):
         weight.grad = torch.randn(1_000_000)
         optimizer.step()
-    rows = optimizer.nspo2.parts[0].cov.stack.shape[1] - 17
+    rows = optimizer.nspo2.filters[0].cov.stack.shape[1] - 17
     assert rows <= 11
     assert optimizer.nspo2.state_bytes <= (17 + rows + 4) * 4_000_000 + 1_000_000
     assert isinstance(optimizer, NSPO2Optimizer)

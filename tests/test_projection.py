@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nspo2_trl.projection import ProjectionHead, coordinates
-from nspo2_trl.strategies import select
+from nspo2_trl.engine.projection import ProjectionHead, coordinates
+from nspo2_trl.engine.strategies import select
 
 shapes = {
     "seed": st.integers(0, 10_000),

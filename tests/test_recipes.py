@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import is_bitsandbytes_available
 from trl import get_peft_config, get_quantization_config
 
-from nspo2_trl import NSPO2Config, NSPO2DPOConfig, train
-from nspo2_trl.dpo_config import nspo2_options
+from nspo2_trl import NSPO2Config, NSPO2DPOConfig
+from nspo2_trl.cli import train
+from nspo2_trl.training.options import nspo2_options
 
 CONFIGS = sorted((ROOT / "recipes/accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*/dpo/*.yaml"))

@@ -12,8 +12,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from nspo2_trl import report
-from nspo2_trl.runs import labels, number, read, unit_of
+from nspo2_trl.cli import report
+from nspo2_trl.cli.runs import labels, number, read, unit_of
 
 matplotlib = pytest.importorskip("matplotlib")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -191,9 +191,10 @@ ODD = {
 @pytest.mark.filterwarnings("error")
 def test_odd_logs(tmp_path):
     runs = [read(written(tmp_path / name, history), name, i) for i, (name, history) in enumerate(ODD.items())]
-    from nspo2_trl import plots
+    from nspo2_trl.cli import plots
+    from nspo2_trl.cli.panels import PANELS
 
-    by_key = {panel.key: panel for panel in plots.PANELS}
+    by_key = {panel.key: panel for panel in PANELS}
     for run in runs:  # each by itself
         svg = plots.draw(by_key["loss"], [run])
         assert "var(--run-" in svg and "nan" not in svg.replace("dominant", ""), run.name
@@ -246,8 +247,8 @@ def test_only_its_own_page_is_overwritten(tmp_path, capsys):
 
 def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "nspo2_trl.plots", raising=False)
-    monkeypatch.delattr("nspo2_trl.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "nspo2_trl.cli.plots", raising=False)
+    monkeypatch.delattr("nspo2_trl.cli.plots", raising=False)
     assert 'pip install -e ".[plot]"' in refused(capsys, written(tmp_path, SMALL))
 
 

@@ -14,7 +14,8 @@ import yaml
 from conftest import ROOT, SHARED
 from trl import DPOTrainer
 
-from nspo2_trl import NSPO2DPOTrainer, train
+from nspo2_trl import NSPO2DPOTrainer
+from nspo2_trl.cli import train
 
 RECIPE = str(ROOT / "recipes/quickstart/dpo.yaml")
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -191,14 +192,14 @@ def test_processes_that_would_each_train_alone_are_refused(tmp_path, capsys, mon
 
 
 def test_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    end_step = NSPO2DPOTrainer._nspo2_end_step
+    end_step = NSPO2DPOTrainer._nspo2_after_step
 
     def interrupt(trainer):
         if trainer.state.global_step == 3:
             raise KeyboardInterrupt
         end_step(trainer)
 
-    monkeypatch.setattr(NSPO2DPOTrainer, "_nspo2_end_step", interrupt)
+    monkeypatch.setattr(NSPO2DPOTrainer, "_nspo2_after_step", interrupt)
     with pytest.raises(SystemExit) as stopped:
         train.main(command(tmp_path, "--save_steps", "2", "--eval_strategy", "no", steps=6))
     said = capsys.readouterr().err

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nspo2_trl import NSPO2, NSPO2Config
-from nspo2_trl.sentinel import PATIENCE, BiasSentinel
+from nspo2_trl.engine.sentinel import PATIENCE, BiasSentinel
 
 CALM = {"bias": 0.0, "alpha": 1.0}
 BIASED = {"bias": 0.2, "alpha": 1.0}

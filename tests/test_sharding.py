@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from nspo2_trl.eigensolvers import eigh
-from nspo2_trl.sharding import LocalParts, Shards, _bounds
+from nspo2_trl.engine.eigensolvers import eigh
+from nspo2_trl.layout.local_parts import LocalParts, Shards, _bounds
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nspo2_trl.strategies import _edge, limit_bias, noise_edge, select, significant_rank, split_rank
+from nspo2_trl.engine.significance import _edge, noise_edge, significant_rank
+from nspo2_trl.engine.strategies import limit_bias, select, split_rank
 
 
 def steady(steps, rows):

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from nspo2_trl import NSPO2, NSPO2Config, NSPO2DPOConfig, NSPO2DPOTrainer
-from nspo2_trl.adapters import lora_blocks
-from nspo2_trl.dpo_config import nspo2_options
-from nspo2_trl.refusals import refuse_unsupported
-from nspo2_trl.samples import sample_share
-from nspo2_trl.trainer import NSPO2_STATE_NAME
+from nspo2_trl.layout.adapters import lora_blocks
+from nspo2_trl.training.checkpoints import NSPO2_STATE_NAME
+from nspo2_trl.training.options import nspo2_options
+from nspo2_trl.training.refusals import refuse_unsupported
+from nspo2_trl.training.samples import sample_share
 
 # ---- equality with DPOTrainer (invariant 1) ----
 
@@ -52,7 +52,7 @@ def test_equal_until_the_first_basis_and_different_after(make_trainer):
 def test_rank_zero_still_measures(make_trainer):
     trainer = make_trainer(nspo2_projection_rank=0, nspo2_min_rank=0)
     trainer.train()
-    assert figures(trainer, "active") == [0] * 8 and trainer.nspo2.parts[0].step_count == 8
+    assert figures(trainer, "active") == [0] * 8 and trainer.nspo2.filters[0].step_count == 8
     assert not figures(trainer, "variance_reduction")
 
 
@@ -149,7 +149,7 @@ def test_missing_or_broken_state_is_named_and_the_run_goes_on(make_trainer, tmp_
             caplog.clear()
             resumed.train(resume_from_checkpoint=str(folder))
         assert any(str(state) in record.getMessage() for record in caplog.records), damage
-        assert resumed.nspo2.parts[0].step_count == 3  # a fresh estimate
+        assert resumed.nspo2.filters[0].step_count == 3  # a fresh estimate
         assert resumed.state.global_step == 8
 
 
@@ -167,13 +167,13 @@ def test_nan_loss_in_the_middle_of_a_run(make_trainer):
 
     trainer = make_trainer(Sick)
     before = []
-    step = trainer._nspo2_begin_step
+    step = trainer._nspo2_before_step
 
     def watch():
         before.append((trainable(trainer), trainer.nspo2.state_dict()["groups"]))
         step()
 
-    trainer._nspo2_begin_step = watch
+    trainer._nspo2_before_step = watch
     trainer.train()
     assert figures(trainer, "skipped_steps") == [0, 0, 0, 0, 1, 1, 1, 1]
     assert_same(before[4][0], before[5][0])  # the step did nothing
@@ -327,12 +327,12 @@ def test_what_is_in_no_block_is_untouched(make_trainer):
     seen = {}
 
     class Watch(NSPO2DPOTrainer):
-        def _nspo2_begin_step(self):
+        def _nspo2_before_step(self):
             name, p = next(
                 (n, p) for n, p in self.model.named_parameters() if "modules_to_save" in n and p.requires_grad
             )
             before = p.grad.clone()
-            super()._nspo2_begin_step()
+            super()._nspo2_before_step()
             seen[name] = seen.get(name, True) and torch.equal(before, p.grad)
 
     trainer = make_trainer(Watch, lora={"modules_to_save": ["norm"]})
@@ -366,7 +366,7 @@ def test_bf16_autocast_and_bf16_adapters(make_trainer):
     assert all(p.dtype == torch.bfloat16 for p in trainable(trainer).values())
     trainer.train()
     assert figures(trainer, "active")[-1] == 1
-    assert trainer.nspo2.groups[0].grad.dtype == torch.float32
+    assert trainer.nspo2.stacks[0].grad.dtype == torch.float32
 
 
 def test_trains_twice_and_leaves_no_hooks(make_trainer):
@@ -374,7 +374,7 @@ def test_trains_twice_and_leaves_no_hooks(make_trainer):
     for _ in range(2):
         trainer.train()
         assert all(not p._backward_hooks for p in trainer.model.parameters())
-    assert trainer.nspo2.parts[0].step_count == 6
+    assert trainer.nspo2.filters[0].step_count == 6
 
 
 def watch_samples(trainer) -> list:
@@ -384,7 +384,7 @@ def watch_samples(trainer) -> list:
 
     def watch():
         samples = collect()
-        seen.append((samples[0].mean(0), trainer.nspo2.groups[0].grad.clone(), len(samples[0])))
+        seen.append((samples[0].mean(0), trainer.nspo2.stacks[0].grad.clone(), len(samples[0])))
         return samples
 
     trainer.nspo2_samples.collect = watch
@@ -399,7 +399,7 @@ def test_samples_average_to_the_gradient_also_in_a_shorter_last_group(make_train
     assert [n for *_, n in seen] == [3, 2, 3, 2]
     for mean, grad, _ in seen:
         assert torch.allclose(mean, grad, rtol=1e-4, atol=1e-7) and grad.norm() > 0
-    assert trainer.nspo2.parts[0].step_count == 4 and trainer.nspo2.skipped_steps == 0
+    assert trainer.nspo2.filters[0].step_count == 4 and trainer.nspo2.skipped_steps == 0
 
 
 def test_loss_scale_of_fp16_is_taken_out_and_overflow_teaches_nothing(make_trainer):

@@ -76,7 +76,7 @@ def test_trains_and_filters(kind, pairs, tmp_path, caplog):
 
     again = make(*ours(kind), kind, pairs, tmp_path, **FAST_NSPO2 | {"max_steps": 6})
     again.train(resume_from_checkpoint=True)
-    assert [group.nspo2.step_count for group in again.nspo2.groups] == [6] * len(again.nspo2.groups)
+    assert [part.step_count for part in again.nspo2.filters] == [6] * len(again.nspo2.filters)
     assert len(losses(again)) == 6 and not any("starts anew" in record.message for record in caplog.records)
 
 

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nspo2_trl.trust_region import trust_alpha
+from nspo2_trl.engine.strategies import trust_alpha
 
 
 @given(

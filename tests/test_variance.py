@@ -39,11 +39,11 @@ def test_moments_are_unbiased():
 
 
 class Blocks:
-    """One group of blocks that are one tensor each, as `stacked` and `measure` use a BlockGroups."""
+    """One stack of blocks that are one tensor each, as `stacked` and `measure` use a NoiseProjection."""
 
     def __init__(self, blocks, dim):
         self.places = [SimpleNamespace(param=torch.nn.Parameter(torch.zeros(1, dim))) for _ in range(blocks)]
-        self.groups, self.dim = [self], dim
+        self.stacks, self.dim = [self], dim
 
     def buffer(self, samples):
         return torch.zeros(samples, len(self.places), 1, self.dim)

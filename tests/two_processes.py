@@ -165,7 +165,7 @@ def main(out: str, options: str, resume: str | None = None) -> None:
     result["norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     if getattr(trainer, "nspo2", None):
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-        result |= {"share": trainer.nspo2.share, "blocks": sum(len(group.names) for group in trainer.nspo2.groups)}
+        result |= {"share": trainer.nspo2.share, "blocks": sum(len(group.names) for group in trainer.nspo2.stacks)}
         result |= {"figures": logged[-1], "active": sum(e.get("nspo2/active", 0) for e in logged) / len(logged)}
     leave(out, result)
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from nspo2_trl import NSPO2DPOTrainer
-from nspo2_trl.block_groups import any_bad
+from nspo2_trl.engine.finite import any_bad
+from nspo2_trl.projections.protocol import Step
 
 from .packed import Packed, PackedLlama, Pair
 
@@ -45,7 +46,7 @@ class Run:
 
     losses: list[float] = field(default_factory=list)
     curve: list[dict] = field(default_factory=list)  # step, loss, accuracy, margin
-    figures: list[dict] = field(default_factory=list)  # of NSPO2, see `BlockGroups.metrics`
+    figures: list[dict] = field(default_factory=list)  # of NSPO2, see `NoiseProjection.metrics`
     seconds: float = 0.0
 
 
@@ -149,16 +150,16 @@ def train(
     batches = order(trainer, steps)
     trainer.create_optimizer_and_scheduler(steps)
     step_of = prepare(trainer) if prepare else None
-    optimizer, scheduler, groups = trainer.optimizer, trainer.lr_scheduler, trainer.nspo2
+    optimizer, scheduler, noise = trainer.optimizer, trainer.lr_scheduler, trainer.nspo2
     llama, run = PackedLlama(trainer.model), Run()
     params = [p for p in trainer.model.parameters() if p.requires_grad]
     each = args.gradient_accumulation_steps
-    samples = [group.buffer(each) for group in groups.groups] if groups else []
+    samples = [stack.buffer(each) for stack in noise.stacks] if noise else []
     sinks = {
         id(place.param): [views[i] for views in per_sample]
-        for group, buffer in zip(groups.groups if groups else [], samples)
-        for per_sample in [[group.views_of(part) for part in buffer]]
-        for i, place in enumerate(group.places)
+        for stack, buffer in zip(noise.stacks if noise else [], samples)
+        for per_sample in [[stack.views_of(part) for part in buffer]]
+        for i, place in enumerate(stack.places)
     }
     stops = {round(steps * i / looks): i % stride == 0 for i in range(1, looks + 1)}
     if hasattr(optimizer, "train"):  # schedule-free: it trains at another point than it is evaluated at
@@ -167,24 +168,25 @@ def train(
         start = time.process_time()
         rows = [row for micro_batch in batch for row in micro_batch]
         packed = Packed([data.train[row] for row in rows], each)
-        policy = llama.log_probs(packed, sinks if groups and groups.learns else None)
+        policy = llama.log_probs(packed, sinks if noise and noise.learns else None)
         ratios = policy - data.train_reference[:, rows]
         loss = -F.logsigmoid(args.beta * (ratios[0] - ratios[1])).mean()
         loss.backward()
         if args.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         raw = [p.grad.clone() for p in params] if step_of else None
-        if groups:  # the samples are of the mean over all micro-batches: times `each`, their mean is the gradient
-            groups.set_progress(step / steps)
-            fine = groups.begin_step(lambda: [buffer.mul_(each) for buffer in samples])
+        if noise:  # the samples are of the mean over all micro-batches: times `each`, their mean is the gradient
+            noise.read_grads()
+            learned = [buffer.mul_(each) for buffer in samples] if noise.learns else []
+            fine = noise.before_step(Step(learned, progress=step / steps))
             if not fine and args.nspo2_projection_rank > 0 and any_bad(p.grad for p in params):
                 optimizer.zero_grad()  # as the trainer does: such a gradient would ruin the weights
         if step_of:
             step_of(raw)
         else:
             optimizer.step()
-        if groups:
-            groups.end_step()
+        if noise:
+            noise.after_step()
         scheduler.step()
         optimizer.zero_grad()
         run.losses.append(loss.item())

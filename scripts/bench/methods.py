@@ -92,7 +92,7 @@ def schedule_free(trainer: NSPO2DPOTrainer) -> None:
 def random(trainer: NSPO2DPOTrainer) -> None:
     """Random orthonormal directions in the filter, new ones after each eigensolve; how many are the estimate's."""
     generator = torch.Generator().manual_seed(trainer.args.seed)
-    for part in trainer.nspo2.parts:
+    for part in trainer.nspo2.filters:
         part.head = partial(_random_head, part, part.head, generator, {})
 
 

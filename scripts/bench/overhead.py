@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
-from nspo2_trl.covariance import CovEstimator
-from nspo2_trl.samples import SampleCollector
-from nspo2_trl.sharding import Shards
-from nspo2_trl.timing import Stopwatch
+from nspo2_trl.engine.covariance import CovEstimator
+from nspo2_trl.engine.shards import Shards
+from nspo2_trl.training.samples import SampleCollector
+from nspo2_trl.training.timing import Stopwatch
 
 from . import ROOT
 from .stats import ratio_of_sums
@@ -129,10 +129,10 @@ def take_step(trainer: NSPO2DPOTrainer, model: nn.Module, batches: list[dict]) -
     if trainer.args.max_grad_norm > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
     if trainer.nspo2:
-        trainer._nspo2_begin_step()
+        trainer._nspo2_before_step()
     trainer.optimizer.step()
     if trainer.nspo2:
-        trainer._nspo2_end_step()
+        trainer._nspo2_after_step()
     trainer.optimizer.zero_grad()
     synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else 0

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nspo2_trl import NSPO2Config
-from nspo2_trl.block_groups import BlockGroups
-from nspo2_trl.blocks import Block
-from nspo2_trl.samples import sample_share
+from nspo2_trl.layout.blocks import Block
+from nspo2_trl.projections.noise import NoiseProjection
+from nspo2_trl.projections.protocol import Step
+from nspo2_trl.training.samples import sample_share
 
 from .overhead import SIZES
 
@@ -82,32 +83,34 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
         min_rank=rank,
         basis_dtype=cell["basis_dtype"],
     )
-    groups = BlockGroups(blocks, config, share=sample_share(micro_batches))
-    samples = [group.buffer(micro_batches).normal_() for group in groups.groups]
-    for group in groups.groups:
-        for place in group.places:
+    noise = NoiseProjection(blocks, config, share=sample_share(micro_batches))
+    samples = [stack.buffer(micro_batches).normal_() for stack in noise.stacks]
+    for stack in noise.stacks:
+        for place in stack.places:
             place.param.grad = torch.zeros_like(place.param)
     kinds: dict[str, list[float]] = {"filter": [], "learn": [], "solve": []}
     bytes_, eigh, solves = {}, 0, []
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for step in track(range(2 * config.update_freq + 1), description=cell["label"]):
-        for group, buffer in zip(groups.groups, samples):
+        for stack, buffer in zip(noise.stacks, samples):
             buffer.copy_(buffer.roll(1, -1))  # as good as new numbers, and made faster
-            torch._foreach_copy_([place.param.grad for place in group.places], group.views_of(buffer[0]))
-        solved = groups.parts[0].cov.solved if groups.parts[0].cov else 0
-        kind = "learn" if groups.learns else "filter"
+            torch._foreach_copy_([place.param.grad for place in stack.places], stack.views_of(buffer[0]))
+        solved = noise.filters[0].cov.solved if noise.filters[0].cov else 0
+        kind = "learn" if noise.learns else "filter"
         synchronize()
         start = time.perf_counter()
         if step < 2 * config.update_freq - 5:
-            groups.begin_step(lambda: samples)
-            groups.end_step()
+            noise.read_grads()
+            noise.before_step(Step(samples if noise.learns else []))
+            noise.after_step()
         else:  # the last steps are counted, not timed
             with Traffic() as traffic:
-                groups.begin_step(lambda: samples)
-                groups.end_step()
+                noise.read_grads()
+                noise.before_step(Step(samples if noise.learns else []))
+                noise.after_step()
         synchronize()
         seconds = time.perf_counter() - start
-        if groups.parts[0].cov and groups.parts[0].cov.solved > solved:
+        if noise.filters[0].cov and noise.filters[0].cov.solved > solved:
             kind = "solve"
             solves.append(step)
         if step >= 2 * config.update_freq - 5:
@@ -115,16 +118,16 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
         elif step > 0:
             kinds[kind].append(seconds)
     # oftener than `update_freq` says where the buffer of 2 max_rank rows is full before
-    parts, every = groups.parts, (solves[-1] - solves[0]) / (len(solves) - 1)
+    parts, every = noise.filters, (solves[-1] - solves[0]) / (len(solves) - 1)
     state = sum(part.cov.stack.nbytes + part.reference.nbytes for part in parts)
-    shares = {"filter": 1 - groups.share, "learn": groups.share - 1 / every, "solve": 1 / every}
+    shares = {"filter": 1 - noise.share, "learn": noise.share - 1 / every, "solve": 1 / every}
     return {
         "entries": entries,
         "blocks": len(blocks),
         "adamw_mib": 8 * entries / 2**20,
         "basis_mib": sum(part.cov.basis.numel() * part.cov.stack.element_size() for part in parts) / 2**20,
         "state_mib": state / 2**20,
-        "scratch_mib": (groups.state_bytes - state) / 2**20,
+        "scratch_mib": (noise.state_bytes - state) / 2**20,
         "samples_mib": sum(buffer.nbytes for buffer in samples) / 2**20,
         "ms": {kind: 1000 * statistics.median(values) if values else None for kind, values in kinds.items()},
         "gib_moved": {kind: value / 2**30 for kind, value in bytes_.items()},

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nspo2_trl import NSPO2DPOTrainer
-from nspo2_trl.train import build, parse
+from nspo2_trl.cli.train import build, parse
 
 from . import ROOT, lean
 from .judge import judge

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from nspo2_trl import NSPO2Config, NSPO2DPOTrainer
-from nspo2_trl.adapters import lora_blocks
-from nspo2_trl.block_groups import BlockGroups
-from nspo2_trl.projection import coordinates, restrict
-from nspo2_trl.strategies import select
+from nspo2_trl.engine.projection import coordinates, restrict
+from nspo2_trl.engine.strategies import select
+from nspo2_trl.layout.adapters import lora_blocks
+from nspo2_trl.projections.noise import NoiseProjection
 
 from . import lean
 from .packed import Packed, PackedLlama
@@ -67,13 +67,13 @@ def gradients(trainer: NSPO2DPOTrainer, data: lean.Data, rows: list[int]) -> dic
     return found
 
 
-def stacked(groups: BlockGroups, grads: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-    """For each group of equal blocks (B, n, m, d)."""
+def stacked(noise: NoiseProjection, grads: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    """For each stack of equal blocks (B, n, m, d)."""
     found = []
-    for group in groups.groups:
-        buffer = group.buffer(len(next(iter(grads.values()))))
+    for stack in noise.stacks:
+        buffer = stack.buffer(len(next(iter(grads.values()))))
         for i, sample in enumerate(buffer):
-            torch._foreach_copy_(group.views_of(sample), [grads[id(place.param)][i] for place in group.places])
+            torch._foreach_copy_(stack.views_of(sample), [grads[id(place.param)][i] for place in stack.places])
         found.append(buffer.transpose(0, 1))
     return found
 
@@ -96,14 +96,14 @@ def moments(parts: Iterable[torch.Tensor]) -> tuple[float, float]:
     return (squares - total / n) / (n - 1), (total - squares) / (n * (n - 1))
 
 
-def measure(groups: BlockGroups, fit: dict, fresh: dict, covariance: str, generator: torch.Generator) -> dict:
+def measure(noise: NoiseProjection, fit: dict, fresh: dict, covariance: str, generator: torch.Generator) -> dict:
     """[noise, signal] of the fresh micro-batches, and of what each filter of one covariance takes away of both."""
-    fit_samples, samples = stacked(groups, fit), stacked(groups, fresh)
+    fit_samples, samples = stacked(noise, fit), stacked(noise, fresh)
     most = max(RANKS[covariance]) + 1  # `keep` gives one back
     fitted, random = [], []  # coordinates of the fresh samples (B, n, m, k) and of the fitted mean, once for all
     for own, other in zip(samples, fit_samples):
-        noise = torch.randn(len(own), own.shape[-1], min(most, own.shape[-1]), generator=generator)
-        for found, basis in ((fitted, directions(other, most)), (random, torch.linalg.qr(noise).Q.mT)):
+        drawn = torch.randn(len(own), own.shape[-1], min(most, own.shape[-1]), generator=generator)
+        for found, basis in ((fitted, directions(other, most)), (random, torch.linalg.qr(drawn).Q.mT)):
             found.append((coordinates(own, basis), coordinates(other.mean(1), basis)))
     taken = {"unfiltered": moments(samples)}
     for strategy in STRATEGIES:
@@ -134,6 +134,6 @@ def run_cell(cell: dict, folders: dict[str, str]) -> dict:
             torch._foreach_copy_(params, values)
         fit, fresh = (gradients(trainer, data, rows) for rows in (order[:split], order[split:end]))
         for covariance in RANKS:
-            groups = BlockGroups(lora_blocks(trainer.model), NSPO2Config(covariance=covariance))
-            found[f"{name} {covariance}"] = measure(groups, fit, fresh, covariance, generator)
+            noise = NoiseProjection(lora_blocks(trainer.model), NSPO2Config(covariance=covariance))
+            found[f"{name} {covariance}"] = measure(noise, fit, fresh, covariance, generator)
     return short({"cell": cell, "taken": found, "seconds": time.process_time() - start})

@@ -1,0 +1,175 @@
+"""What `nspo2 train` is told: its help, the recipe and the command line, each mistake refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+from ..training.checkpoints import last_whole, refuse_half
+from ..training.options import NSPO2DPOConfig
+from .data import NSPO2ScriptArguments, nearest
+
+HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
+
+  {prog} --config recipes/quickstart/dpo.yaml
+  {prog} --config RECIPE.yaml --model_name_or_path MODEL --dataset_name PAIRS.jsonl --output_dir out/mine
+  {prog} --config RECIPE.yaml --resume_from_checkpoint true      go on after an interruption
+  {prog} --config RECIPE.yaml --nspo2_enabled false              plain DPO from the same recipe
+
+Every option may stand in the YAML file or here, and what stands here wins. Shown are the most used ones and all of
+NSPO2; `--help_all` shows every option of TRL's DPOConfig, ModelConfig and DatasetMixtureConfig too.{launch}"""
+LAUNCH = """
+
+Several processes: `--num_processes N`, and `--accelerate_config FILE` for one of recipes/accelerate_configs/*.yaml
+or your own. With several GPUs and neither, all GPUs are used as `accelerate launch` does."""
+SHOWN = """model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
+    prompt_column chosen_column rejected_column output_dir learning_rate beta loss_type max_length max_steps
+    num_train_epochs per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps
+    eval_strategy eval_steps logging_steps report_to save_steps save_total_limit resume_from_checkpoint
+    precompute_ref_log_probs bf16 gradient_checkpointing use_cpu seed push_to_hub hub_model_id
+    use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit dtype attn_implementation""".split()
+CLEARER = {
+    "resume_from_checkpoint": "`true` for the last whole checkpoint in `output_dir`, or the folder of one.",
+    "dataset_name": "Hub id, folder, or a .jsonl(.gz), .json, .parquet or .csv file.",
+}
+
+
+def make_parser() -> TrlParser:
+    kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
+    return TrlParser(kinds)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
+
+
+def show_help(prog: str, everything: bool) -> None:
+    """Print the options: those that people set, or all of them."""
+    parser = make_parser()
+    launch = LAUNCH if prog == "nspo2 train" else ""
+    parser.prog, parser.usage = prog, f"{prog} --config RECIPE.yaml [--option value ...]"
+    parser.description = HELP.format(prog=prog, launch=launch)
+    parser.formatter_class = _HelpFormatter
+    for action in parser._actions:
+        action.help = CLEARER.get(action.dest, action.help)
+        wanted = everything or action.dest in SHOWN or action.dest.startswith("nspo2_")
+        # each option has a twin with hyphens, and each true one a twin with `--no_`
+        action.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+        if action.dest == "help" or not wanted or any(f.startswith("--no_") for f in action.option_strings):
+            action.help = SUPPRESS
+    parser.print_help()
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: Action) -> str:
+        return (action.help or "") + ("" if action.default is None else " (default: %(default)s)")
+
+
+def parse(argv: list[str]) -> tuple:
+    """NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig from `argv`.
+
+    Raises:
+        ValueError: a key of the YAML file that no field has, or a bad value.
+        FileNotFoundError: the YAML file is missing.
+    """
+    parser = make_parser()
+    parser.error = _raise  # type: ignore[method-assign]  # one sentence, not pages of usage
+    if not argv:
+        raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" in argv:
+        path = Path((argv + [""])[argv.index("--config") + 1])
+        if not path.is_file():
+            raise FileNotFoundError(f"`--config`: there is no recipe {str(path)!r}.")
+        _check_keys(path, parser)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for arg in argv:
+        flag = arg.split("=")[0]
+        if flag.startswith("--") and flag != "--config" and flag not in known:
+            raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
+    try:
+        script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+    except ValueError as error:
+        if "bf16/gpu" in str(error):
+            raise ValueError(
+                "`bf16`: there is no GPU here that can; on a CPU add `--use_cpu true --bf16 false`."
+            ) from error
+        raise
+    if model_args.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
+    model = model_args.model_name_or_path
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise FileNotFoundError(f"`model_name_or_path`: there is no folder {model!r}.")
+    if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"`output_dir` {args.output_dir!r} is a file: choose a folder, it will be made.")
+    there = next(folder for folder in Path(args.output_dir).absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        raise ValueError(f"`output_dir` {args.output_dir!r} cannot be made in {str(there)!r}: choose another folder.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(args, name)}.")
+    if script_args.dataset_name is None and not mixture.datasets:
+        raise ValueError("`dataset_name` is missing: set it to a hub id, a local folder or a .jsonl or .parquet file.")
+    return script_args, args, model_args, mixture
+
+
+def _check_keys(path: Path, parser: TrlParser) -> None:
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    known = [*actions, "env"]
+    for key, value in recipe.items():
+        if key not in known:
+            raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
+        if key in actions and actions[key].type in (int, float) and isinstance(value, (list, dict, bool)):
+            raise ValueError(f"The recipe {str(path)!r}: `{key}` must be a number, got {value!r}.")
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last one in `output_dir`."""
+    wanted, (found, half) = args.resume_from_checkpoint, last_whole(str(args.output_dir))
+    if wanted is None or str(wanted).lower() in ("false", "no"):
+        if found is not None:
+            raise ValueError(
+                f"`output_dir`: {found!r} is of an earlier run. Add `--resume_from_checkpoint true` to go on with it, "
+                "or choose another `--output_dir` to start anew."
+            )
+        return None
+    if str(wanted).lower() not in ("true", "yes", "last"):
+        if not Path(wanted).is_dir():
+            raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
+        refuse_half(wanted)
+        return wanted
+    if found is None:
+        if half:
+            raise ValueError(
+                f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no whole checkpoint: {half}. "
+                "Leave it out to start anew."
+            )
+        raise ValueError(
+            f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
+        )
+    return found
+
+
+def check_adapter(checkpoint: str, model_args: ModelConfig) -> None:
+    """Refuse to resume an adapter of another rank, whose weights would not fit."""
+    path = Path(checkpoint) / "adapter_config.json"
+    rank = json.loads(path.read_text())["r"] if path.is_file() else model_args.lora_r
+    if rank != model_args.lora_r:
+        raise ValueError(
+            f"`lora_r` is {model_args.lora_r}, but the adapter in {checkpoint!r} has {rank}: set it to {rank}, or "
+            "choose another `--output_dir` to start anew."
+        )

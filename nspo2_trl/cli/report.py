@@ -1,0 +1,198 @@
+"""One self-contained HTML page with the plots of one or more training runs. Needs matplotlib to draw.
+
+    nspo2 report OUT [OUT2 ...] [-o PAGE.html] [--names NAME ...]
+
+OUT is a run's output_dir or a trainer_state.json. Plots are drawn from the log in trainer_state.json, the spectrum of
+the noise from the nspo2_state.pt of its checkpoints. Several runs are drawn over each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .comparison import PAGE_STYLE
+from .panels import PANELS
+from .runs import Run, labels, read, unit_of
+
+OWN = '<meta name="generator" content="nspo2 report">'
+
+
+# ---- the page ----
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">{own}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,"><title>{title}</title>
+<style>
+{style}
+:root {{ color-scheme: light dark; --page: #fff; {light} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #16181d; {dark} }} }}
+body {{ max-width: 1000px; background: var(--page); overflow-wrap: anywhere; }}
+h1 {{ line-height: 1.2; }}
+.wide {{ overflow-x: auto; }}
+td, th {{ padding: .3rem .6rem; overflow-wrap: normal; font-variant-numeric: tabular-nums; }}
+td {{ white-space: nowrap; }}
+td:first-child {{ white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }}
+.legend {{ margin: 0; padding: .5rem 0; background: var(--page); }}
+.legend span {{ display: inline-block; margin-right: 1.5rem; }}
+.swatch svg {{ width: 36px; height: 10px; margin-right: .5rem; }}
+.panels {{ display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem 2rem; }}
+@media (min-width: 700px) {{
+  .legend {{ position: sticky; top: 0; z-index: 1; }}
+  .panels {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }}
+}}
+@media (min-width: 1500px) {{
+  body {{ max-width: 1640px; }}
+  .panels {{ grid-template-columns: repeat(4, minmax(0, 1fr)); }}
+}}
+figure {{ margin: 0; }}
+figure svg {{ width: 100%; height: auto; display: block; overflow: visible; }}
+figure h3 {{ margin: 0 0 .3rem; font-size: 1rem; }}
+figcaption {{ font-size: .85rem; opacity: .8; }}
+svg * {{ stroke-linejoin: round; }}
+svg text {{ font-family: system-ui, sans-serif !important; }}
+</style></head><body>
+<h1>{title}</h1>
+{table}
+<p>Loss, accuracy and margins are those of the held-out pairs in the last evaluation; noise removed and NSPO2's share
+of a step's time are means over the log. Times of runs on a machine that did other things too do not compare.</p>
+{legend}
+<h2>Learning</h2>
+<p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.</p>
+<div class="panels">{learning}</div>
+{filtering}
+<h2>Notes</h2>
+<ul>{notes}</ul>
+</body></html>
+"""
+
+
+def write_page(runs: Sequence[Run], path: Path) -> None:
+    """Draw `runs` into one page.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        OSError: the page cannot be written.
+    """
+    from . import plots
+
+    learning: list[str] = []
+    filtering: list[str] = []
+    missing: list[str] = []
+    for panel in PANELS:
+        place = learning if panel.by_time else filtering
+        for by_time in [False, True][: 1 + panel.by_time]:
+            svg = plots.draw(panel, runs, by_time)
+            title = f"{panel.title}, against time" if by_time else panel.title
+            if svg is None:
+                missing.append(title)
+            else:
+                place.append(_figure(f"{panel.key}{'-time' * by_time}", title, svg, "" if by_time else panel.caption))
+    svg = plots.draw_spectrum(runs)
+    if svg is None:
+        missing.append("Eigenvalues of the noise")
+    else:
+        steps = "; ".join(f"{run.name}: {', '.join(str(s) for s, _ in run.spectra)}" for run in runs if run.spectra)
+        caption = f"Mean over adapters, in checkpoints, the later the stronger. {steps}."
+        filtering.append(_figure("spectrum", "Eigenvalues of the noise", svg, caption))
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    if any(run.clock for run in runs):
+        how = "Time is that of the training steps, without evaluation and saving"
+        notes.insert(0, f"{how}; after a run’s last log entry it goes on at that entry’s pace.")
+    if missing:
+        notes.append(f"Not logged in {'these runs' if len(runs) > 1 else 'this run'}: {', '.join(missing)}.")
+    legend = "".join(_named(run, plots.swatch(run.index)) for run in runs)
+    page = PAGE.format(
+        own=OWN,
+        title=html.escape("NSPO2 report: " + ", ".join(run.name for run in runs)),
+        style=PAGE_STYLE,
+        light=" ".join(f"--run-{i}: {light};" for i, (light, _) in enumerate(plots.COLORS)),
+        dark=" ".join(f"--run-{i}: {dark};" for i, (_, dark) in enumerate(plots.COLORS)),
+        table=_table(runs),
+        legend=f'<p class="legend">{legend}</p>',
+        learning="\n".join(learning),
+        filtering=f'<h2>What NSPO2 did</h2>\n<div class="panels">{"".join(filtering)}</div>' if filtering else "",
+        notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _named(run: Run, swatch: str) -> str:
+    return f'<span class="swatch">{swatch}{html.escape(run.name)}</span>'
+
+
+def _figure(key: str, title: str, svg: str, caption: str) -> str:
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure id="{key}"><h3>{html.escape(title)}</h3>{svg}{below}</figure>'
+
+
+def _table(runs: Sequence[Run]) -> str:
+    """What was measured, a row a run; – where it was not."""
+    header = ["run", "steps", "training time", "loss", "accuracy", "margins", "at step"]
+    header += ["noise removed", "NSPO2's share of time", "skipped steps"]
+    rows = []
+    for run in runs:
+        seconds = run.seconds_at(run.steps) if run.clock else float("nan")
+        unit, word = unit_of(seconds)
+        figures = [
+            f"{run.steps:g}",
+            f"{seconds / unit:.1f} {word}",
+            *(f"{run.last(f'eval_{key}'):#.4g}" for key in ("loss", "rewards/accuracies", "rewards/margins")),
+            f"{run.evals[-1]['step']:g}" if run.evals else "–",
+            f"{run.mean('nspo2/variance_reduction'):.1%}",
+            f"{run.mean('overhead_share'):.1%}",
+            f"{run.last('nspo2/skipped_steps'):g}",
+        ]
+        cells = [run.name, *("–" if figure.startswith("nan") else figure for figure in figures)]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in header)
+    table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<div class="wide" role="region" aria-label="Runs" tabindex="0">{table}</div>'
+
+
+# ---- the command ----
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nspo2 report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="OUT", help="a run's output_dir, or a trainer_state.json"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="the page; default: report.html in the first OUT")
+    parser.add_argument("--names", nargs="+", help="what to call the runs; default: their folders' names")
+    args = parser.parse_args(argv)
+    first = args.runs[0]
+    page = args.output or (first.parent if first.is_file() else first) / "report.html"
+    try:
+        if args.names and (len(args.names) != len(args.runs) or len(set(args.names)) < len(args.names)):
+            raise ValueError(f"`--names` must be {len(args.runs)} different names, one for each run.")
+        refuse_to_overwrite(page)
+        names = args.names or labels(args.runs)
+        write_page([read(path, name, i) for i, (path, name) in enumerate(zip(args.runs, names))], page)
+    except ImportError:
+        sys.exit('error: the plots need matplotlib: pip install -e ".[plot]"')
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(page)
+
+
+def refuse_to_overwrite(page: Path) -> None:
+    """Raises `ValueError` where `page` is anything but a page that this command wrote."""
+    if page.is_dir():
+        raise ValueError(f"`--output` {str(page)!r} is a folder: give the name of a file.")
+    if page.exists():
+        with open(page, encoding="utf-8", errors="replace") as file:
+            if OWN not in file.read(1000):
+                raise ValueError(f"{str(page)!r} is not a page of this command: choose another file with `--output`.")
+
+
+if __name__ == "__main__":
+    main()

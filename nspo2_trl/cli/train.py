@@ -1,0 +1,199 @@
+"""Train a LoRA adapter with DPO and NSPO2 from a recipe.
+
+    accelerate launch scripts/train.py --config recipes/quickstart/dpo.yaml [--any_field value]
+
+Every field of NSPO2ScriptArguments, TRL's ModelConfig, DatasetMixtureConfig and of NSPO2DPOConfig may stand in the
+YAML file or on the command line, which wins. `--nspo2_enabled false` is plain DPO from the same recipe.
+`--resume_from_checkpoint true` goes on from the last checkpoint in `output_dir`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from transformers import ProgressCallback
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    RichProgressCallback,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..training.card import FIGURES, means
+from ..training.checkpoints import CheckpointError, last_checkpoint, last_whole
+from ..training.dpo import NSPO2DPOTrainer
+from ..training.options import NSPO2DPOConfig
+from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
+from .data import ROWS_AT_ONCE, NSPO2ScriptArguments, splits
+
+
+def build(
+    script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, model_args: ModelConfig, mixture: DatasetMixtureConfig
+) -> NSPO2DPOTrainer:
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
+    model = model_args.model_name_or_path
+    assert model is not None  # `parse` asks for it
+    if not isinstance(args.model_init_kwargs, (dict, type(None))):
+        raise ValueError(f"`model_init_kwargs` must be a mapping, got {args.model_init_kwargs!r}.")
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    train_dataset, eval_dataset = splits(script_args, args, mixture)
+    try:
+        trainer = NSPO2DPOTrainer(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except OSError as error:
+        if os.path.isdir(model) or error.errno is not None:  # of the disk
+            raise
+        raise OSError(
+            f"`model_name_or_path`: there is no folder {model!r}, and as a hub id it could not be loaded. {error}"
+        ) from error
+    tell_of_long_rows(trainer.train_dataset, args)
+    for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if isinstance(dataset, Sized) and len(dataset) == 0:
+            raise ValueError(
+                f"No row of the {name} set is left: each prompt alone has `max_length` ({args.max_length}) tokens or "
+                "more. Raise `max_length`."
+            )
+    return trainer
+
+
+def tell_of_long_rows(dataset: Any, args: NSPO2DPOConfig) -> None:
+    """Say how many pairs `max_length` cuts: what is cut off teaches nothing."""
+    if args.max_length is None or not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
+        return
+    cut = 0
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
+        prompt, chosen, rejected = (pc.list_value_length(batch[column]) for column in columns)
+        longest = pc.add(prompt, pc.max_element_wise(chosen, rejected))
+        cut += pc.sum(pc.greater(longest, args.max_length)).as_py() or 0
+    if cut and args.process_index == 0:
+        print(f"{cut} of {len(dataset)} training pairs are longer than `max_length` ({args.max_length}) and are cut.")
+
+
+def report(trainer: NSPO2DPOTrainer) -> None:
+    """The table at the end: what was measured in this run, before and after."""
+    history, console = trainer.state.log_history, Console()
+    evals = [entry for entry in history if "eval_loss" in entry]
+    if evals:
+        size = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else "some"
+        table = Table(title=f"{size} held-out pairs, {trainer.state.global_step} steps")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="right" if column else "left")
+        for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+            key = f"eval_{name}"
+            table.add_row(name, *(f"{entry[key]:.4f}" if key in entry else "-" for entry in (evals[0], evals[-1])))
+        console.print(table)
+        if evals[0]["step"] == 0:
+            print("Before training the policy is the reference: margins are 0, and ties count as wrong.")
+    figures = means(history)
+    if figures:
+        table = Table(title="NSPO2, mean of what was logged")
+        table.add_column("")
+        table.add_column("", justify="right")
+        table.add_column("")
+        for name, value in figures.items():
+            table.add_row(f"nspo2/{name}", f"{value:.4g}", FIGURES[name])
+        table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers")
+        table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
+        console.print(table)
+        if not figures.get("active") and trainer.args.nspo2_projection_rank > 0:
+            print(
+                f"NSPO2 projected nothing: the first basis comes after {trainer.args.nspo2_update_freq} steps "
+                "(`nspo2_update_freq`), and the first log after that shows it."
+            )
+    print(f"Adapter: {trainer.args.output_dir}")
+    print(f"All logged figures: {os.path.join(str(trainer.args.output_dir), 'trainer_state.json')}")
+
+
+def leave(message: str, main_process: bool) -> NoReturn:
+    """End as an interrupted command does; what is to be said stands below the progress bar, and once."""
+    if main_process:
+        print(f"\n{message}", file=sys.stderr)
+    sys.exit(130)
+
+
+def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help", "--help_all"} & set(argv):
+        return show_help(prog, everything="--help_all" in argv)
+    # TRL and Transformers call their own deprecated names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    again = "add `--resume_from_checkpoint true` to the same command"
+    try:
+        script_args, args, model_args, mixture = parse(argv)
+        checkpoint = checkpoint_to_resume(args)
+        if checkpoint is not None:
+            check_adapter(checkpoint, model_args)
+        args.eval_on_start = args.eval_on_start or (args.eval_strategy != "no" and checkpoint is None)
+        trainer = build(script_args, args, model_args, mixture)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        leave("Interrupted before training: nothing was written.", True)
+    main_process = trainer.accelerator.is_main_process
+    live = RichProgressCallback() if main_process and sys.stdout.isatty() and not args.disable_tqdm else None
+    if live:  # a table that is drawn anew; lines where nobody watches
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(live)
+    if checkpoint is not None and main_process:
+        print(f"Resuming from {checkpoint}.")
+        last, half = last_whole(args.output_dir)
+        if checkpoint == last and half:
+            print(f"Saved only in part and passed over: {half}.")
+    try:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            if live and live.rich_group:  # before anything is said, and else the terminal is left without a cursor
+                live.rich_group.stop()
+    except KeyboardInterrupt:
+        last = last_checkpoint(args.output_dir)
+        hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"
+        leave(f"Interrupted after step {trainer.state.global_step}: {hint}.", main_process)
+    except CheckpointError as error:
+        sys.exit(f"\nerror: {error}")  # below the progress bar
+    dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
+    try:
+        trainer.save_model()
+        evaluated = any(
+            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+        )
+        if args.eval_strategy != "no" and not evaluated:
+            trainer.evaluate()
+        trainer.save_state()
+        trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=dataset)
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"error: the trained adapter could not be written ({error}): make room for it, then {again}.")
+    if main_process:
+        report(trainer)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(prog="nspo2 train")

@@ -1,0 +1,250 @@
+"""NoiseFilter for B blocks of one shape: samples in, filtered gradient out, statistics kept on the device.
+
+One step, in `step`: score the step's noise rows with the filter in force, filter the gradient, then learn. The filter
+is made of what earlier steps showed, so what it is scored on, and what it is applied to, took no part in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..config import NSPO2Config
+from .covariance import CovEstimator, mixture, noise_rows
+from .eigensolvers import EigSolver, Spread, Total, alone, same
+from .metrics import FilterSums, summarize
+from .projection import ProjectionHead, coordinates
+from .sentinel import BiasSentinel
+from .shards import Shards
+from .signal_to_noise import SignalEstimate
+from .significance import noise_edge, significant_rank
+from .state import load_tensors
+from .strategies import Choice
+
+
+class NoiseFilter:
+    """The parts of NSPO2 put together for B blocks of the same shape.
+
+    Args:
+        config: [`NSPO2Config`] or a mapping with its fields.
+        sentinel: the [`BiasSentinel`] to obey, where several of these share one; else it gets its own.
+        recent: whether figures fade with `cov_momentum`, or add up until `sums.reset()`.
+        share: share of the steps that are learned from, where the caller leaves some out.
+        shards: the columns of the blocks that this rank has, where ranks share the work.
+
+    Raises:
+        ValueError: a bad option.
+    """
+
+    def __init__(
+        self,
+        config: NSPO2Config | Mapping,
+        sentinel: BiasSentinel | None = None,
+        recent: bool = True,
+        share: float = 1.0,
+        shards: Shards | None = None,
+    ):
+        self.config = NSPO2Config(**config)  # a copy: what was allocated for it must not change later
+        self.sums_decay = self.config.cov_momentum if recent else 1.0
+        self.share, self.shards = share, shards
+        self.total: Total = shards.sum if shards else same
+        self.spread: Spread = shards.spread if shards else alone
+        self._shared_sentinel = sentinel
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was learned; the options stay."""
+        self.sentinel = self._shared_sentinel or BiasSentinel.of(self.config)
+        self.active = True
+        self.progress = 0.0  # share of training done, for `anneal`
+        self.step_count = self.skipped_steps = self.learned_at = 0
+        self.samples = 1  # micro-batches of the newest step that was learned from
+        self.reference_weight = 0.0  # of all gradients in the running mean, which grows from 0
+        self.cov: CovEstimator | None = None
+
+    def step(self, samples: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """Score, filter, learn. With `shards`, d is their `width` in all of it.
+
+        Args:
+            samples: (n, B, m, d) gradients of the step's n micro-batches, finite, at least float32, scaled so that
+                their mean is the step's gradient. None only filters.
+            grad: (B, m, d) the gradient to filter: that mean, perhaps clipped. None only scores and learns.
+
+        Returns:
+            (B, m, d) the filtered gradient; `grad` itself while nothing is projected.
+        """
+        self.step_count += 1
+        cov = self.cov
+        if cov is None:
+            if samples is None:
+                return grad
+            cov = self._allocate(samples[0], len(samples))
+            cov.step = self.step_count - 1  # steps before, that were not learned from
+        self.sums.decay(self.sums_decay)
+        head = self.head() if self.is_active else None
+        result = grad if head is None or grad is None else head.apply(grad)
+        if samples is None:
+            cov.advance()
+        else:
+            self._learn(head, samples)
+        if cov.is_due():
+            self._solve()
+        return result
+
+    def _allocate(self, like: torch.Tensor, n: int) -> CovEstimator:
+        config, (blocks, vectors, width) = self.config, like.shape
+        kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        dim = self.shards.dim if self.shards else width
+        solver = EigSolver(config.eigensolver, config.epsilon, config.seed, self.total, self.spread)
+        stored = torch.bfloat16 if config.basis_dtype == "bfloat16" else None
+        options: dict[str, Any] = {"samples": n, "vectors": vectors, "share": self.share, "width": width, **kind}
+        rank, every, decay = config.max_rank, config.update_freq, config.cov_momentum
+        self.cov = cov = CovEstimator(blocks, dim, rank, every, decay, solver, stored=stored, **options)
+        self.reference = torch.zeros(blocks, vectors, width, **kind)  # running mean of raw gradients
+        self.previous: torch.Tensor | None = None  # the last step's gradient, where that had one sample
+        self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
+        directions = min(config.projection_rank + 1, cov.rank)
+        self.signal = SignalEstimate(blocks, vectors, directions, **kind)
+        self.sums = FilterSums(like.device)
+        return cov
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the next step will be projected."""
+        solved = self.cov is not None and self.cov.solved > 0
+        return self.active and solved and self.rank_limit > 0 and self.strength > 0
+
+    @property
+    def rank_limit(self) -> int:
+        """What may be removed at most: `projection_rank`, less where the sentinel says so; half of a small block."""
+        assert self.cov is not None
+        return min(math.ceil(self.config.projection_rank * self.sentinel.rank_share), self.cov.dim // 2)
+
+    @property
+    def strength(self) -> float:
+        """`strength` after `anneal`."""
+        if self.config.anneal == 0:
+            return self.config.strength
+        return self.config.strength * max(0.0, 1 - self.progress / self.config.anneal)
+
+    def head(self) -> ProjectionHead:
+        """The filter that the present state gives; also counts bias, α and rank of it."""
+        assert self.cov is not None  # as long as nothing was learned there is no filter
+        config = self.config
+        width = min(config.projection_rank + 1, self.cov.rank)
+        basis = self.cov.basis[:, :width].to(self.reference.dtype)
+        reference = self.total(coordinates(self.reference, basis))
+        rank = self.rank.clamp(max=self.rank_limit)
+        floor = min(config.min_rank, self.rank_limit)
+        choice = Choice(self.sentinel.strategy, self.strength, config.trust_radius, config.target_bias, floor)
+        head, *did = choice.head(basis, rank, reference, self._energy(self.reference), self.total)
+        self.sums.add_filter(*did)
+        return head
+
+    def _energy(self, part: torch.Tensor) -> torch.Tensor:
+        """(B,) Σ of the squares of `part` (B, …), over all columns."""
+        return self.total(torch.linalg.vector_norm(part.flatten(1), dim=1).square())
+
+    def _learn(self, head: ProjectionHead | None, samples: torch.Tensor) -> None:
+        """Score the noise rows of `samples` (n, B, m, d) with the filter that was in force, then learn from them."""
+        assert self.cov is not None
+        n, vectors = len(samples), samples.shape[2]
+        self.samples = n
+        mean = samples[0] if n == 1 else samples.mean(0)
+        passed, self.learned_at = self.step_count - self.learned_at, self.step_count
+        energy = None
+        if n > 1 or self.previous is not None:
+            each = self.cov.rows_a_sample(n, vectors)
+            slot = self.cov.slot(n * each)
+            kept = slot.unflatten(1, (n, each))
+            rows = kept if each == vectors else torch.empty_like(samples.transpose(0, 1))
+            noise_rows(samples, mean, self.previous, out=rows)
+            energy = self._score(head, rows, mean)
+            if each < vectors:
+                torch.matmul(mixture(each, vectors, self.config.seed + self.step_count).to(rows), rows, out=kept)
+            self.cov.commit(slot, energy, independent=max(1, n - 1))
+        product = self.total((mean.flatten(1)[:, None] @ self.reference.flatten(1)[:, :, None])[:, 0, 0])
+        self.signal.add_step(product, energy, self.reference_weight)
+        beta = self.config.cov_momentum**passed
+        self.reference_weight = beta * self.reference_weight + 1 - beta
+        self.reference.mul_(beta).add_(mean, alpha=1 - beta)
+        if n > 1:
+            self.previous = None
+        elif self.previous is None:
+            self.previous = mean.clone()
+        else:
+            self.previous.copy_(mean)
+
+    def _score(self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Noise energy (B,) of the step; adds it, and what the filter takes of it and of the signal, to the sums."""
+        energy = self._energy(rows)
+        if head is not None:
+            inside = head.coordinates(rows)
+            removed = head.removed_share * torch.linalg.vector_norm(head.restrict(inside), dim=(1, 2, 3)).square()
+            self.sums.add_noise(energy, removed)
+            self.signal.add_projected(head, mean, inside, single=rows.shape[1] == 1)
+        return energy
+
+    def _solve(self) -> None:
+        """Merge what was learned into the basis, and find how much of it is significant."""
+        assert self.cov is not None
+        config, single = self.config, self.samples == 1
+        self.signal.close_window()
+        if config.projection_rank == 0:  # only measures
+            self.cov.row_steps.clear()
+            self.cov.solved = self.cov.step
+            return
+        self.cov.solve(hold_last=self.cov.row_steps.count(self.cov.step) if single else 0)
+        limit = min(config.projection_rank, self.cov.dim // 2)
+        # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
+        learned = self.cov.ages(held=single)  # the newest difference is held back
+        if not learned:
+            return
+        edge = noise_edge(self.cov.dim, limit, learned, config.cov_momentum, overlapping=single)
+        self.rank = significant_rank(self.cov.values, self.cov.trace, edge).clamp(min=min(config.min_rank, limit))
+
+    _TENSORS = ("reference", "rank")
+    _NUMBERS = ("step_count", "learned_at", "samples", "reference_weight", "skipped_steps", "progress", "active")
+
+    def state_dict(self) -> dict:
+        """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""
+        state: dict[str, Any] = {} if self._shared_sentinel else {"sentinel": self.sentinel.state_dict()}
+        state |= {name: getattr(self, name) for name in self._NUMBERS}
+        if self.cov is None:
+            return state
+        state |= {name: getattr(self, name).clone() for name in self._TENSORS} | {"sums": self.sums.tensor.clone()}
+        if self.previous is not None:
+            state["previous"] = self.previous.clone()
+        return state | {name: getattr(self, name).state_dict() for name in ("cov", "signal")}
+
+    def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
+        """Bring back what `state_dict` gave; a step after it equals the step that would have come without it.
+
+        Args:
+            device: where the tensors shall lie; where they lie in `state` if left out.
+
+        Raises:
+            ValueError: the state is of other blocks or other ranks.
+        """
+        self.reset()
+        if "sentinel" in state:
+            self.sentinel.load_state_dict(state["sentinel"])
+        for name in self._NUMBERS:
+            setattr(self, name, state[name])
+        if "cov" not in state:
+            return
+        cov = self._allocate(state["reference"].to(device or state["reference"].device), n=1)
+        cov.load_state_dict(state["cov"])
+        self.signal.load_state_dict(state["signal"])
+        load_tensors(self, self._TENSORS, state)
+        load_tensors(self.sums, ["tensor"], {"tensor": state["sums"]})
+        self.previous = state["previous"].to(self.reference, copy=True) if "previous" in state else None
+
+
+def figures(filters: Sequence[NoiseFilter], batch_size: float = 1.0) -> dict[str, float]:
+    """What `filters` of one model measured, pooled, see [`metrics.summarize`]; waits for the device."""
+    known = all(part.cov is not None for part in filters)  # else nothing was learned yet
+    return summarize([p.sums for p in filters], [p.signal for p in filters], batch_size) if known else {}

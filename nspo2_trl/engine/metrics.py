@@ -1,0 +1,79 @@
+"""Figures of a run from the sums that the filters keep: pooled, unbiased, with a standard error where it matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .signal_to_noise import SignalEstimate, pool
+
+
+class FilterSums:
+    """What one filter did, summed over its blocks and over steps; on the device, in float64.
+
+    Parameters:
+        tensor: (8,) in this order: energy of the noise rows, energy that was removed of them; of the running mean m
+            and of what the filter makes of it, m′: m·m′, ‖m‖², ‖m′‖²; trust-region α, rank, number of blocks.
+    """
+
+    def __init__(self, device: torch.device):
+        self.tensor = torch.zeros(8, dtype=torch.float64, device=device)
+
+    def add_noise(self, energy: torch.Tensor, removed: torch.Tensor) -> None:
+        """Of each block, (B,): energy of a step's noise rows, and what the filter in force takes away of it."""
+        self.tensor[:2] += torch.stack([energy, removed]).sum(1)
+
+    def add_filter(self, dot: torch.Tensor, raw: torch.Tensor, filtered: torch.Tensor, *others: torch.Tensor) -> None:
+        """Of each block, (B,): m·m′, ‖m‖², ‖m′‖², and `others`, which are α and rank."""
+        size = torch.full_like(dot, 1.0)
+        self.tensor[2:] += torch.stack([dot, raw, filtered, *others, size]).sum(1)
+
+    def decay(self, share: float) -> None:
+        self.tensor.mul_(share)
+
+    def forget_filter(self) -> None:
+        """The filter was changed: bias, α and rank of the old one say nothing about the new one."""
+        self.tensor[2:] = 0
+
+    def reset(self) -> None:
+        self.tensor.zero_()
+
+
+def summarize(
+    sums: Sequence[FilterSums], signals: Sequence[SignalEstimate], batch_size: float = 1.0
+) -> dict[str, float]:
+    """Pool what the filters of one model kept; one transfer from the device.
+
+    Args:
+        batch_size: examples in one step's gradient, over all micro-batches and ranks; `noise_scale` is in examples.
+
+    Returns:
+        `variance_reduction`: share of the noise energy Σ‖c‖² that the filter in force takes away, over rows that the
+        basis had not seen; 1 - Σ‖Pc‖²/Σ‖c‖² at full strength. `bias`: 1 - cos(m, m′) over all blocks. `alpha`,
+        `rank`: means over blocks. These four only where something was projected since the sums were reset.
+        `noise_scale`: tr Cov(one example's gradient) / ‖E g‖² (McCandlish et al. 2018), where the signal estimate
+        is at least twice its standard error. `signal_removed`, `signal_removed_se`: share of ‖E g‖² that the filter
+        takes away, with its standard error (delta method), where that is below 0.2. Both are over the last 512 steps.
+    """
+    totals = torch.stack([part.tensor.cpu() for part in sums]).sum(0).tolist()
+    energy, removed, dot, raw, filtered, alpha, rank, count = totals
+    found = {}
+    if energy > 0:
+        found["variance_reduction"] = removed / energy
+    if count > 0:
+        norms = (raw * filtered) ** 0.5
+        found["bias"] = max(0.0, 1 - dot / norms) if norms > 0 else 0.0
+        found["alpha"], found["rank"] = alpha / count, rank / count
+    return found | pool(signals, batch_size)
+
+
+def spectrum(values: Sequence[torch.Tensor], traces: Sequence[torch.Tensor]) -> list[float]:
+    """Tracked eigenvalues as shares of the noise, mean over blocks, largest first.
+
+    Args:
+        values: of each stack (B, k). traces: of each (B,), of the whole covariance.
+    """
+    shares = [own / trace[:, None].clamp_min(1e-30) for own, trace in zip(values, traces)]
+    width = min((share.shape[1] for share in shares), default=0)
+    return torch.cat([share[:, :width].double().cpu() for share in shares]).mean(0).tolist() if width else []

@@ -1,0 +1,160 @@
+"""Stacks: blocks of one shape side by side, so that one call serves all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..engine.shards import Shards
+from .blocks import whole_shape
+from .local_parts import LocalParts
+
+
+@dataclass
+class _Place:
+    """Where a parameter's gradient stands in a buffer (…, B, m, d): `buffer[…, block, :, start:stop]`."""
+
+    param: nn.Parameter
+    block: int
+    start: int
+    transposed: bool
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The part of `buffer` (B, m, d), in the parameter's own shape."""
+        if self.transposed:
+            return buffer[self.block].mT
+        shape = whole_shape(self.param)
+        return buffer[self.block, :, self.start :].flatten()[: shape.numel()].view(shape)
+
+
+class Stack:
+    """Blocks of one shape on one device side by side, and where each parameter stands in their buffers.
+
+    Args:
+        shape: (m, d) of each. device: where they are.
+        update: whether the parameters' change is going to be filtered, which takes one buffer more.
+        process_group: the processes that share the work on the blocks, each with some of the columns; None for one.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        update: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.shape, self.device, self.update = shape, device, update
+        self.shards = Shards(shape[1], process_group) if process_group else None
+        self.names: list[str] = []
+        self.places: list[_Place] = []
+        self.there: list[int] = []  # places whose parameter had a gradient when `read_grads` was called last
+
+    def add(self, name: str, params: list[nn.Parameter]) -> None:
+        start = 0
+        for param in params:
+            shape = whole_shape(param)
+            transposed = self.shape[0] > 1 and shape[0] != self.shape[0]
+            self.places.append(_Place(param, len(self.names), start, transposed))
+            start += shape.numel()
+        self.names.append(name)
+
+    def build(self) -> None:
+        """Make the buffers, when all blocks are there."""
+        self.moves: LocalParts | None = None
+        if isinstance(self.places[0].param, DTensor):
+            size = len(self.names) * self.shape[0] * self.shape[1]
+            positions = torch.arange(size, device=self.device).view(len(self.names), *self.shape)
+            assert self.shards is not None  # FSDP2 has ranks
+            sharded = [place.param for place in self.places if isinstance(place.param, DTensor)]
+            self.moves = LocalParts(self.shards, self.views_of(positions), sharded)
+        else:
+            self.full = self.buffer()
+            self.views = self.views_of(self.full)
+        self.grad = self.buffer(width=self.shards.width) if self.shards else self.full
+        # `grad` is the step's gradient; in update space, afterwards the change of the parameters
+        if self.update:
+            self.before = torch.zeros_like(self.grad)
+
+    def buffer(self, *lead: int, width: int | None = None) -> torch.Tensor:
+        """Zeros (*lead, B, m, d) in at least float32: the maths is never done in half precision."""
+        dtype = torch.promote_types(self.places[0].param.dtype, torch.float32)
+        size = (*lead, len(self.names), self.shape[0], width or self.shape[1])
+        return torch.zeros(size, dtype=dtype, device=self.device)
+
+    def views_of(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """One view of `buffer` (B, m, d) a parameter, in the order of `places`."""
+        return [place.view(buffer) for place in self.places]
+
+    def read_grads(self) -> None:
+        """Copy the parameters' gradients into `grad`; those that have none count as 0.
+
+        Sparse gradients are not read: they stay as they are.
+        """
+        grads = [place.param.grad for place in self.places]
+        there = {i: grad for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse}
+        self.there = list(there)
+        if self.moves:
+            locals_ = [_local(place.param) for place in self.places]
+            self.moves.take(
+                [torch.zeros_like(p) if g is None else _local(g) for p, g in zip(locals_, grads)], self.grad
+            )
+            return
+        if len(there) < len(grads):
+            self.full.zero_()
+        self._read([self.views[i] for i in there], list(there.values()))
+
+    def read_params(self) -> None:
+        """Copy the parameters into `grad`."""
+        params = [_local(place.param) for place in self.places]
+        if self.moves:
+            self.moves.take(params, self.grad)
+        else:
+            self._read(self.views, params)
+
+    def _read(self, views: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+        if tensors:
+            torch._foreach_copy_(views, tensors)
+        if self.shards:
+            self.grad.copy_(self.shards.cut(self.full))
+
+    def write_grads(self, result: torch.Tensor) -> None:
+        """Copy `result` (B, m, d) into the parameters' gradients."""
+        self._write(result, [_grad(self.places[i].param) for i in self.there])
+
+    def write_params(self, change: torch.Tensor) -> None:
+        """Set the parameters to what they were `before`, plus `change` (B, m, d)."""
+        self._write(change + self.before, [_local(self.places[i].param) for i in self.there])
+
+    def _write(self, result: torch.Tensor, targets: list[torch.Tensor]) -> None:
+        if self.moves:
+            held = dict(zip(self.there, targets))
+            local = [held.get(i, torch.empty_like(_local(p.param))) for i, p in enumerate(self.places)]
+            self.moves.give(result, local)
+            return
+        self.full.copy_(self.shards.gather(result) if self.shards else result)
+        if targets:
+            torch._foreach_copy_(targets, [self.views[i] for i in self.there])
+
+    def follow(self) -> bool:
+        """Make the buffers anew where the parameters have been moved to another device; whether that was so."""
+        moved = self.places[0].param.device != self.device
+        if moved:
+            self.device = self.places[0].param.device
+            self.build()
+        return moved
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a parameter or a gradient, without its history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _grad(param: torch.Tensor) -> torch.Tensor:
+    """What this rank has of the gradient of a parameter that has one."""
+    assert param.grad is not None
+    return _local(param.grad)

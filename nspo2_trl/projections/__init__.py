@@ -1,0 +1,4 @@
+"""What is done to all blocks of a model around an optimizer step: one module per kind of projection.
+
+May import `engine`, `layout` and `config`. A projection is handed what a step needs and calls nothing above itself.
+"""

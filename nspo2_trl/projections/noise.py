@@ -1,0 +1,248 @@
+"""NoiseProjection: NSPO2's filter on all blocks of a model, around each optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from ..config import NSPO2Config
+from ..engine.eigensolvers import Total, check_exact
+from ..engine.filter import NoiseFilter, figures
+from ..engine.finite import all_finite
+from ..engine.metrics import spectrum
+from ..engine.sentinel import BiasSentinel
+from ..layout.blocks import Block, units
+from ..layout.stacks import Stack
+from .protocol import Step
+
+logger = logging.getLogger(__name__)
+
+
+class NoiseProjection:
+    """All blocks of a model, stacked by shape and device, and the [`NoiseFilter`] of each stack.
+
+    `before_step` before the optimizer steps, `after_step` after it. With `apply_to="gradient"` the first filters the
+    gradients in place; with `"update"` the second filters what the optimizer changed.
+
+    Args:
+        blocks: what forms a block.
+        config: options, shared by all of them.
+        recent: see [`NoiseFilter`].
+        layout: the `blocks` of a saved state, where some were added later; they are stacked as they were then.
+        process_group: the processes that share the work, see [`Shards`]; None for one process.
+        share: share of the steps that are learned from, see [`samples.sample_share`].
+
+    Raises:
+        ValueError: `eigensolver="exact"` with large blocks or several processes.
+    """
+
+    def __init__(
+        self,
+        blocks: list[Block],
+        config: NSPO2Config,
+        recent: bool = False,
+        layout: Mapping[str, int] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        share: float = 1.0,
+    ):
+        self.config, self.recent, self.process_group = NSPO2Config(**config), recent, process_group
+        self.share, self.updates = share, self.config.apply_to == "update"
+        self.sentinel = BiasSentinel.of(self.config)
+        self.stacks: list[Stack] = []
+        self.filters: list[NoiseFilter] = []
+        self.add(blocks, layout or {})
+        self.skipped_steps = 0
+        self._samples: list[torch.Tensor | None] = []  # of the step, for each stack; empty where it is left out
+        self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
+
+    def add(self, blocks: list[Block], layout: Mapping[str, int]) -> None:
+        """Take up more blocks; their estimate starts now."""
+        found: dict[tuple, Stack] = {}
+        for name, params, shape in units(blocks, self.config.covariance):
+            key = (*shape, params[0].device, params[0].dtype, layout.get(name))
+            if key not in found:
+                found[key] = Stack(shape, params[0].device, self.updates, self.process_group)
+            found[key].add(name, params)
+        for stack in found.values():
+            if self.config.eigensolver == "exact":
+                check_exact(stack.shape[1], stack.shards)
+            stack.build()
+            self.stacks.append(stack)
+            self.filters.append(NoiseFilter(self.config, self.sentinel, self.recent, self.share, stack.shards))
+
+    @property
+    def total(self) -> Total:
+        """Sums over the ranks that share the work."""
+        return self.filters[0].total
+
+    def holds(self, params: Iterable[torch.Tensor]) -> bool:
+        """Whether every parameter that is filtered is one of `params`."""
+        known = {id(p) for p in params}
+        return all(id(place.param) in known for stack in self.stacks for place in stack.places)
+
+    def start(self) -> None:
+        """Move to where the parameters are, should they have been moved since."""
+        for i, stack in enumerate(self.stacks):
+            if stack.follow():
+                state = self.filters[i].state_dict()
+                self.filters[i].load_state_dict(state, device=stack.device)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the next step is one to learn from: `share` of them are, at even distances.
+
+        The second of a run is the first: before, lora_B is 0 and so are the gradients of lora_A.
+        """
+        step = self.filters[0].step_count + math.ceil(1 / self.share) - 1
+        return int(step * self.share) > int((step - 1) * self.share)
+
+    @torch.no_grad()
+    def read_grads(self) -> None:
+        """Copy the gradients of the step into the stacks: for `before_step`, and for who collects its samples."""
+        self.start()
+        for stack in self.stacks:
+            stack.read_grads()
+
+    @torch.no_grad()
+    def before_step(self, step: Step) -> bool:
+        """Score, filter and learn, or prepare for it; the gradients have been read.
+
+        Returns:
+            False where a sample or another gradient has NaN or Inf: nothing is learned or filtered, and the step is
+            counted.
+        """
+        if step.progress is not None:
+            self.set_progress(step.progress)
+        found = step.samples
+        if found is None:  # kept apart where `grad` is needed for the change of the parameters later
+            found = [stack.grad.clone()[None] if self.updates else stack.grad[None] for stack in self.stacks]
+        if not all_finite([*(found or [stack.grad for stack in self.stacks]), *step.others], self.total):
+            self._samples = []
+            self.skipped_steps += 1
+            if self.skipped_steps == 1:
+                logger.warning(
+                    "A gradient sample is NaN or infinite: NSPO2 learns nothing from this step. Further ones are "
+                    "counted in `skipped_steps`."
+                )
+            return False
+        self._samples = [*found] or [None] * len(self.stacks)
+        if self.updates:
+            for stack in self.stacks:
+                stack.read_params()
+                stack.before.copy_(stack.grad)
+        else:
+            self._filter(Stack.write_grads)
+        return True
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Call it when the optimizer has stepped, and only after a `before_step` that returned True."""
+        if self.updates and self._samples:
+            for stack in self.stacks:
+                stack.read_params()
+                stack.grad.sub_(stack.before)
+            self._filter(Stack.write_params)
+        self._samples = []
+
+    def _filter(self, write: Callable[[Stack, torch.Tensor], None]) -> None:
+        """Filter what is in each stack's `grad`, and have the stack `write` the result where it differs."""
+        energies = []
+        active = any(part.is_active for part in self.filters)
+        for stack, part, samples in zip(self.stacks, self.filters, self._samples):
+            before = torch.linalg.vector_norm(stack.grad)
+            result = part.step(samples, stack.grad)
+            after = before
+            if result is not None and result is not stack.grad:
+                after = torch.linalg.vector_norm(result)
+                write(stack, result)
+            energies.append(torch.stack([before, after]).to(self.stacks[0].device).square())
+        norms = self.total(torch.stack(energies).sum(0)).sqrt()
+        self._norms = self._norms.to(norms.device) * self.filters[0].sums_decay
+        self._norms[:2] += norms
+        self._norms[2] += 1
+        self._norms[3] += active
+
+    def set_progress(self, progress: float) -> None:
+        """Share of training done, for `anneal`."""
+        for part in self.filters:
+            part.progress = progress
+
+    def watch(self, metrics: Mapping[str, float]) -> None:
+        """Let the sentinel see figures, and the filter obey it."""
+        if self.sentinel.check(metrics, self.filters[0].step_count):
+            for part in self.filters:
+                if part.cov is not None:
+                    part.sums.forget_filter()
+
+    def metrics(self, batch_size: float = 1.0) -> dict[str, float]:
+        """Figures since the last call, or of recent steps, see [`metrics.summarize`]; waits for the device."""
+        before, after, steps, active = self._norms.tolist()
+        found = {"skipped_steps": self.skipped_steps, **figures(self.filters, batch_size)}
+        if steps:
+            found |= {"grad_norm_raw": before / steps, "grad_norm": after / steps, "active": active / steps}
+        if not self.recent:
+            self._norms.zero_()
+            for part in self.filters:
+                if part.cov is not None:
+                    part.sums.reset()
+        return found
+
+    def spectrum(self) -> list[float]:
+        """See [`metrics.spectrum`]; waits for the device."""
+        known = [part.cov for part in self.filters if part.cov is not None]
+        return spectrum([cov.values for cov in known], [cov.trace for cov in known])
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that NSPO2 holds on top of plain training, without the samples of a step."""
+        owners = [*self.filters, *(part.cov or part for part in self.filters), *self.stacks]
+        tensors = [value for owner in owners for value in vars(owner).values() if isinstance(value, torch.Tensor)]
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def state_dict(self, keep: bool = True) -> dict:
+        """Tensors and plain numbers; the blocks' names are keys, so that other blocks are noticed.
+
+        Where ranks share the work, each must call it; it gives whole blocks, for any number of ranks to load, to
+        those that `keep` them.
+        """
+        states = {}
+        for i, (stack, part) in enumerate(zip(self.stacks, self.filters)):
+            states[str(i)] = part.state_dict()
+            if stack.shards:
+                states[str(i)] = _map_columns(states[str(i)], partial(stack.shards.whole, keep=keep))
+        return {
+            "groups": states,  # as version 0.2 called them
+            "blocks": self._names(),
+            "sentinel": self.sentinel.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "norms": self._norms.clone(),
+        }
+
+    def _names(self) -> dict[str, int]:
+        return {name: i for i, stack in enumerate(self.stacks) for name in stack.names}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Raises `ValueError` where the state was saved for other blocks or other ranks."""
+        if list(state["blocks"].items()) != list(self._names().items()):
+            raise ValueError(f"it was saved for {len(state['blocks'])} blocks, which are not the ones of this run")
+        for stack, part, saved in zip(self.stacks, self.filters, state["groups"].values()):
+            part.load_state_dict(_map_columns(saved, stack.shards.cut) if stack.shards else saved, stack.device)
+        self.sentinel.load_state_dict(state["sentinel"])
+        self.skipped_steps = state["skipped_steps"]
+        self._norms = state["norms"].to(self._norms, copy=True)
+
+
+def _map_columns(state: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
+    """`state` of a [`NoiseFilter`] with `change` done to every tensor whose last dimension are a block's columns."""
+    state = dict(state)
+    for name in ("reference", "previous"):
+        if name in state:
+            state[name] = change(state[name])
+    if "cov" in state:
+        state["cov"] = state["cov"] | {"stack": change(state["cov"]["stack"])}
+    return state

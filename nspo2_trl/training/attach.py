@@ -1,0 +1,41 @@
+"""attach_nspo2: NSPO2 for a trainer that is there already."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from transformers import Trainer
+
+from ..config import NSPO2Config
+from ..layout.adapters import lora_blocks
+from .mixin import NSPO2Mixin
+from .refusals import refuse_unsupported
+
+
+def attach_nspo2(trainer: Trainer, config: NSPO2Config | None = None) -> Trainer:
+    """Have a trainer that was made without NSPO2 filter its gradients; call it before `trainer.train()`.
+
+    Parameters:
+        trainer: any [`~transformers.Trainer`] whose model has a trainable LoRA adapter, such as those of TRL. The
+            object stays the same; its class becomes a subclass with [`NSPO2Mixin`].
+        config: what to do; left out, the defaults of the trainers, which are `NSPO2Config(strategy="keep")`.
+
+    Raises:
+        ValueError: the trainer filters already, or the run cannot have NSPO2, see [`NSPO2Mixin`].
+    """
+    kind = type(trainer)
+    if isinstance(trainer, NSPO2Mixin):
+        raise ValueError(f"This {kind.__name__} has NSPO2 already: set the `nspo2_` options of its `args`.")
+    assert trainer.model is not None
+    lora_blocks(trainer.model)
+    refuse_unsupported(trainer.accelerator)
+    args: Any = trainer.args
+    args.nspo2_enabled = True
+    for name, value in asdict(config or NSPO2Config(strategy="keep")).items():
+        setattr(args, f"nspo2_{name}", value)
+    tags = {"_tag_names": [*getattr(kind, "_tag_names", []), "nspo2"]}
+    trainer.__class__ = type(f"NSPO2{kind.__name__}", (NSPO2Mixin, kind), tags)
+    assert isinstance(trainer, NSPO2Mixin)
+    trainer._nspo2_setup()
+    return trainer

@@ -1,0 +1,132 @@
+"""What the model card says about NSPO2: the recipe, the figures that this run measured, the versions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .options import NSPO2Arguments, nspo2_options
+
+# key, what it means; in the order in which tables show them
+FIGURES = {
+    "variance_reduction": "share of the noise removed",
+    "bias": "1 - cos of mean and filtered mean",
+    "rank": "directions removed an adapter",
+    "alpha": "share the trust region lets through",
+    "noise_scale": "batch size up to which more data a step pays",
+    "signal_removed": "share of the signal removed",
+    "active": "share of steps projected",
+    "overhead_ms": "a step",
+}
+CITATION = """@software{nspo2,
+    title = {NSPO2: Null Space Preference Optimization v2},
+    year  = 2024,
+    url   = {https://github.com/PrayPrey/NSRPO2}
+}"""
+# where a run was and who may write there, not what it did; and what Trainer fills in by itself
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "report_to"}
+_LEFT_OUT |= {"hub_token", "push_to_hub_token", "push_to_hub", "accelerator_config", "debug", "do_eval"}
+_LEFT_OUT |= {"dataloader_pin_memory", "pad_to_multiple_of", "disable_tqdm"}
+_SECRETS, _NO_SECRETS = ("token", "api_key", "password", "secret"), ("pad_token", "eos_token", "bos_token")
+_LORA = {  # option of a recipe: attribute of PEFT's config
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_modules_to_save": "modules_to_save",
+}
+
+
+def means(log_history: Sequence[dict]) -> dict[str, float]:
+    """Mean of what was logged, for the names of `FIGURES` that were."""
+    found = {name: [e[f"nspo2/{name}"] for e in log_history if f"nspo2/{name}" in e] for name in FIGURES}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def recipe(trainer: Any) -> dict:
+    """The settings of the run that differ from the defaults, under the names that recipes have for them.
+
+    Folders and secrets are left out; what YAML cannot hold is written as text.
+    """
+    args = trainer.args
+    chosen: dict[str, Any] = {"model_name_or_path": _base_model(trainer)}
+    for f in fields(args):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if f.init and f.name not in _LEFT_OUT and getattr(args, f.name) != default:
+            chosen[f.name] = getattr(args, f.name)
+    if args.nspo2_enabled:  # an attached trainer has them beside its fields
+        defaults = nspo2_options(NSPO2Arguments)
+        chosen |= {f"nspo2_{k}": value for k, value in nspo2_options(args).items() if value != defaults[k]}
+    peft_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
+    if peft_config is not None:
+        lora = {option: getattr(peft_config, name, None) for option, name in _LORA.items()}
+        lora |= {option: sorted(value) for option, value in lora.items() if isinstance(value, set)}
+        chosen |= {"use_peft": True} | {option: value for option, value in lora.items() if value}
+    if getattr(trainer.model.config, "quantization_config", None) is not None:
+        chosen["load_in_4bit" if getattr(trainer.model, "is_loaded_in_4bit", False) else "load_in_8bit"] = True
+    return _without_secrets(json.loads(json.dumps(chosen, default=_as_text)))
+
+
+def _as_text(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        open_to_all = [key for key in value if not key.endswith(_SECRETS) or key in _NO_SECRETS]
+        return {key: _without_secrets(value[key]) for key in open_to_all}
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _base_model(trainer: Any) -> str:
+    """The hub id of the base model, of a local folder its name."""
+    name = str(trainer.model.config._name_or_path).rstrip("/")
+    return os.path.basename(name) if os.path.isdir(name) else name
+
+
+def _what_was_done(trainer: Any) -> str:
+    args = trainer.args
+    if trainer.nspo2 is None:
+        return "Trained by an NSPO2 trainer with `nspo2_enabled: false`, that is without NSPO2."
+    estimate = "NSPO2 estimates the noise of the LoRA adapters' gradients while training runs"
+    if not means(trainer.state.log_history).get("active") or args.nspo2_projection_rank == 0:
+        return f"{estimate}; in this run it only measured, nothing was filtered."
+    what = "The gradients of the LoRA adapters were" if args.nspo2_apply_to == "gradient" else "The updates were"
+    return f"{estimate}. {what} filtered: the strongest noise directions removed (strategy `{args.nspo2_strategy}`)."
+
+
+def add_to_card(path: str, trainer: Any) -> None:
+    """Add the section on NSPO2 to the model card that TRL wrote, and mend what it says of a local base model."""
+    card = Path(path).read_text()
+    card = card.replace("[None](https://huggingface.co/None)", f"`{_base_model(trainer) or 'a model'}`")
+    if getattr(trainer.processing_class, "chat_template", None) is None:
+        card = card.replace('[{"role": "user", "content": question}]', "question")
+    card = card.replace('model="None"', f'model="{Path(str(trainer.args.output_dir)).name}"')
+    history = trainer.state.log_history
+    evals = [entry for entry in history if "eval_loss" in entry]
+    figures = [(key, f"{value:.4g}", "last evaluation") for key, value in (evals[-1] if evals else {}).items()]
+    figures = [row for row in figures if row[0].startswith("eval_rewards/") or row[0] == "eval_loss"]
+    figures += [(f"nspo2/{key}", f"{value:.4g}", FIGURES[key]) for key, value in means(history).items()]
+    if trainer.nspo2 is not None:
+        figures.append(("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers"))
+    steps = trainer.state.global_step
+    lines = ["## NSPO2", "", _what_was_done(trainer), ""]
+    lines += [f"Measured in this run of {steps} steps; NSPO2's figures are means of what was logged:"]
+    lines += ["", "| figure | value | |", "|---|---|---|"]
+    lines += [f"| `{key}` | {value} | {words} |" for key, value, words in figures]
+    settings = yaml.safe_dump(recipe(trainer), sort_keys=False)
+    lines += ["", "Settings that differ from the defaults:", "", "```yaml", settings.strip(), "```", ""]
+    versions = {package: version(package) for package in ("nspo2_trl", "peft", "accelerate")}
+    lines += ["Versions besides those below: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".", ""]
+    lines += ["Cite NSPO2 as:", "", "```bibtex", CITATION, "```", ""]
+    before, mark, after = card.partition("### Framework versions")
+    Path(path).write_text(before + "\n".join(lines) + "\n" + mark + after)

@@ -1,0 +1,25 @@
+"""NSPO2DPOTrainer, in the place of TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+from trl import DPOTrainer
+
+from .mixin import NSPO2Mixin
+from .options import NSPO2DPOConfig
+from .refusals import check_preferences
+
+
+class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
+    """[`~trl.DPOTrainer`] with NSPO2: the same arguments, `args` being a [`NSPO2DPOConfig`] (built when left out).
+
+    A plain `DPOConfig` cannot say how to filter, so it is refused.
+    """
+
+    args: NSPO2DPOConfig
+    _nspo2_config_class = NSPO2DPOConfig
+    _tag_names = ["trl", "dpo", "nspo2"]
+
+    def _nspo2_check(self, given: dict) -> None:
+        if given.get("train_dataset") is not None:
+            check_preferences(given["train_dataset"])
+        super()._nspo2_check(given)

@@ -1,0 +1,234 @@
+"""NSPO2Optimizer: NSPO2 around any torch optimizer, in any training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from ..config import NSPO2Config, get_default_config
+from ..engine.by_hand import published
+from ..engine.finite import any_bad, entries
+from ..layout.adapters import lora_blocks
+from ..layout.blocks import Block, params_outside
+from ..projections.noise import NoiseProjection
+from ..projections.protocol import Step
+
+logger = logging.getLogger(__name__)
+
+
+def _module_blocks(model: nn.Module) -> list[Block]:
+    """LoRA adapters where the model has trainable ones, else the trainable parameters of each module."""
+    try:
+        return lora_blocks(model)
+    except ValueError:
+        seen: set[int] = set()
+        blocks = []
+        for name, module in model.named_modules():
+            params = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+            seen.update(id(p) for p in params)
+            if params:
+                blocks.append(Block(name or "model", params))
+        return blocks
+
+
+def create_nspo2_optimizer(
+    params: nn.Module | Iterable,
+    optimizer_cls: type[torch.optim.Optimizer],
+    optimizer_kwargs: Mapping | None = None,
+    config: NSPO2Config | Mapping | None = None,
+    blocks: Iterable[Iterable[nn.Parameter]] | None = None,
+) -> NSPO2Optimizer:
+    """Wrap a torch optimizer so that every step's gradient (or update) is filtered by NSPO2.
+
+    Args:
+        params: parameters, parameter groups, an iterator over either, or a model. Of a model, each LoRA adapter is a
+            block, else each module; of parameters, each tensor is one.
+        optimizer_cls: class of the optimizer to wrap, such as `torch.optim.Adam`.
+        optimizer_kwargs: its arguments, such as `{"lr": 1e-3}`.
+        config: [`NSPO2Config`] or a mapping; `get_default_config()` if left out.
+        blocks: lists of parameters that shall be filtered as one vector each; parameters in none are left alone.
+
+    Raises:
+        ValueError: no parameter, a bad option, a parameter of `blocks` that is not optimized, or an optimizer that
+            evaluates a closure several times a step.
+    """
+    if config is None:
+        config = get_default_config()
+    config = config if isinstance(config, NSPO2Config) else NSPO2Config(**config)
+    if isinstance(params, nn.Module):
+        found = _module_blocks(params)
+        params = [p for p in params.parameters() if p.requires_grad]
+    else:
+        params, found = list(params), None
+    if not params:
+        raise ValueError("`params` holds no trainable parameter: pass `model.parameters()` or the model itself.")
+    optimizer = optimizer_cls(params, **(optimizer_kwargs or {}))
+    if blocks is not None:
+        found = [Block(f"block {i}", list(block)) for i, block in enumerate(blocks)]
+    return NSPO2Optimizer(optimizer, config, found)
+
+
+def _inner(name: str) -> property:
+    """An attribute of the optimizer inside; what the base constructor sets, before `nspo2` is there, is lost."""
+
+    def get(self: NSPO2Optimizer) -> Any:
+        return getattr(self.optimizer, name)
+
+    def put(self: NSPO2Optimizer, value: Any) -> None:
+        if "nspo2" in self.__dict__:
+            setattr(self.optimizer, name, value)
+
+    return property(get, put)
+
+
+class NSPO2Optimizer(torch.optim.Optimizer):
+    """A torch optimizer whose steps are filtered by NSPO2; `create_nspo2_optimizer` makes one.
+
+    It shares `param_groups` and `state` with the optimizer inside, so that schedulers, gradient scalers, clipping and
+    Accelerate work on it as on any other. One step is one gradient sample. A step whose gradient has NaN or Inf is
+    not taken, and is counted.
+
+    Args:
+        optimizer: the optimizer to wrap. config: the options.
+        blocks: what is filtered as one; each parameter for itself if left out.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: NSPO2Config, blocks: list[Block] | None = None):
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates its closure several times a step, each with another gradient, which NSPO2 cannot "
+                "filter: use a first-order optimizer such as torch.optim.AdamW."
+            )
+        self.optimizer = optimizer
+        params = self._params()
+        if blocks is None:
+            blocks = [Block(f"param {i}", [p]) for i, p in enumerate(params)]
+        left = {id(p) for p in params}
+        for block in blocks:
+            if not block.params or any(id(p) not in left for p in block.params):
+                raise ValueError(
+                    f"`blocks`: {block.name} is empty or holds a parameter that is not in `params`, or that is in a "
+                    "block before."
+                )
+            left -= {id(p) for p in block.params}
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.config, self.blocks, self.enabled = config, list(blocks), True
+        self.others = params_outside(blocks, params)
+        self.nspo2 = NoiseProjection(blocks, config, recent=True)
+
+    def _params(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # what the base class keeps for itself is the inner optimizer's here; what its constructor sets is dropped
+
+    param_groups, state, defaults = _inner("param_groups"), _inner("state"), _inner("defaults")
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters; each becomes a block of its own, and the noise estimate of the others goes on."""
+        if any(param_group is group for group in self.optimizer.param_groups):
+            return  # from the base class's constructor
+        before = len(self._params())
+        self.optimizer.add_param_group(param_group)
+        added = [Block(f"param {before + i}", [p]) for i, p in enumerate(self._params()[before:])]
+        self.blocks += added
+        self.nspo2.add(added, {})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def __getstate__(self) -> dict:
+        return {name: self.__dict__[name] for name in ("optimizer", "config", "blocks", "others", "enabled", "nspo2")}
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Off, a step is the inner optimizer's own to the bit, and nothing is learned."""
+        self.enabled = bool(enabled)
+        for part in self.nspo2.filters:
+            part.previous = None  # the steps in between are no noise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Filter and step. A closure is evaluated once, before; its loss is reported, see `report`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.enabled:
+            self.optimizer.step()
+        elif self._before_step():
+            self.optimizer.step()
+            self.nspo2.after_step()
+            self._look(loss)
+        elif self.config.projection_rank == 0 or not any_bad(p.grad for p in self._params()):
+            self.optimizer.step()
+        return loss
+
+    def _before_step(self) -> bool:
+        self.nspo2.read_grads()
+        return self.nspo2.before_step(Step(others=self._other_grads()))
+
+    def _other_grads(self) -> list[torch.Tensor]:
+        """Entries of the gradients that are not filtered: of parameters in no block, and sparse ones."""
+        sparse = [p for block in self.blocks for p in block.params if p.grad is not None and p.grad.is_sparse]
+        return [entries(p.grad) for p in (*self.others, *sparse) if p.grad is not None]
+
+    def _look(self, loss: float | None) -> None:
+        if not self.config.sentinel:
+            return
+        due = self.nspo2.filters[0].step_count % self.config.update_freq == 0
+        if loss is not None:
+            self.report(loss=float(loss), **(self.nspo2.metrics() if due else {}))
+        elif due:
+            self.report(**self.nspo2.metrics())
+
+    def report(self, **metrics: float) -> None:
+        """Tell the sentinel what it cannot see from here: `loss=...` (noisy, is smoothed) or `eval_loss=...`.
+
+        With several processes report the same figures on each, reduced first: the sentinel changes the filter.
+        """
+        self.nspo2.watch(metrics)
+
+    def set_progress(self, progress: float) -> None:
+        """Share of training done, from 0 to 1; needed for `anneal`."""
+        self.nspo2.set_progress(progress)
+
+    def get_metrics(self) -> dict:
+        """Figures of recent steps, see [`published`]; waits for the device."""
+        found = published(self.nspo2.filters, self.nspo2.skipped_steps)
+        return found | {"is_active": found["is_active"] and self.enabled}
+
+    def state_dict(self) -> dict:
+        """The inner optimizer's state, and NSPO2's under the key `nspo2`: tensors and plain numbers."""
+        return self.optimizer.state_dict() | {"nspo2": self.nspo2.state_dict() | {"enabled": self.enabled}}
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Bring back what `state_dict` gave; a state of the bare optimizer too, with a fresh noise estimate.
+
+        Raises:
+            ValueError: the state was saved for other parameters, blocks or ranks.
+        """
+        state = dict(state_dict)
+        own = state.pop("nspo2", None)
+        fresh = NoiseProjection(self.blocks, self.config, recent=True, layout=own and own["blocks"])
+        if own is None:
+            logger.warning("The optimizer state holds no NSPO2 state: the noise estimate starts anew.")
+        else:
+            try:
+                fresh.load_state_dict(own)
+            except ValueError as error:
+                raise ValueError(
+                    f"The NSPO2 part of the optimizer state does not fit ({error}): make the optimizer with the "
+                    "config and blocks that it was saved with, or delete the key 'nspo2' to start afresh."
+                ) from error
+            self.enabled = own["enabled"]
+        self.optimizer.load_state_dict(state)
+        self.nspo2 = fresh

@@ -1,0 +1,65 @@
+"""Setups and data that NSPO2 cannot work with are refused before training, each with what to do."""
+
+from __future__ import annotations
+
+import logging
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_unsupported(accelerator: Accelerator) -> None:
+    """Refuse a kind of launch that is not supported, and warn of one that spoils preference losses.
+
+    Raises:
+        ValueError: FSDP1, offloading under FSDP2, tensor, context or sequence parallelism, MPS and the like.
+    """
+    kind = accelerator.distributed_type
+    use = "Launch with DDP instead: `accelerate launch --multi_gpu ...`, or set `nspo2_enabled=False`."
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "NSPO2 does not support FSDP1, which flattens parameters together: set `fsdp_version: 2` in the "
+            f"Accelerate config. {use}"
+        )
+    if kind == DistributedType.FSDP and isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "NSPO2 does not support FSDP2's offloading to the CPU: set `fsdp_offload_params: false` in the Accelerate "
+            f"config. {use}"
+        )
+    supported = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")
+    if kind not in [DistributedType[name] for name in supported]:
+        raise ValueError(f"NSPO2 does not support the distributed type {kind.value}. {use}")
+    plan = accelerator.parallelism_config
+    if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
+        raise ValueError(f"NSPO2 does not support tensor, context or sequence parallelism. {use}")
+    if accelerator.device.type == "mps":
+        raise ValueError("NSPO2 needs float64 for its small matrices, which MPS does not have: set `use_cpu=True`.")
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        logger.warning(
+            "FSDP2 with mixed precision rounds what the model returns, the log-probabilities too; that is too "
+            "coarse for preference losses, with plain TRL as well. Set `bf16: false` and `dtype: bfloat16` in the "
+            "recipe and `mixed_precision: 'no'` in the Accelerate config: the base model stays in bfloat16."
+        )
+
+
+def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> dict:
+    """The first row; a dataset that DPO cannot learn from is refused, before a model is loaded.
+
+    Raises:
+        ValueError: it is empty, or has no `chosen` and `rejected`.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The dataset `{name}` is empty: DPO needs rows with `chosen` and `rejected`.")
+    missing = [f"`{column}`" for column in ("chosen", "rejected") if column not in first]
+    if missing and "chosen_ids" not in first:
+        raise ValueError(
+            f"The dataset `{name}` has no column {' and '.join(missing)}, it has {', '.join(first)}. DPO needs pairs: "
+            "`chosen` and `rejected`, and perhaps `prompt`; where they are called otherwise, rename them, or with "
+            "`nspo2 train` set `chosen_column`, `rejected_column`, `prompt_column`."
+        )
+    return first
