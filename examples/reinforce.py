@@ -51,12 +51,12 @@ def variance(policy: nn.Module, optimizer, batches: int) -> tuple[float, float, 
     raw, filtered = [], []
     for _ in range(batches):
         policy_gradient(policy)
-        for kept, group in ((raw, False), (filtered, True)):
+        for found, project in ((raw, False), (filtered, True)):
             parts = []
-            for blocks in optimizer.nspo2.groups:
-                blocks.read_grads()
-                parts.append(blocks.nspo2.head().apply(blocks.grad) if group else blocks.grad.clone())
-            kept.append(torch.cat([part.flatten() for part in parts]))
+            for stack, noise in zip(optimizer.nspo2.stacks, optimizer.nspo2.filters, strict=True):
+                stack.read_grads()
+                parts.append(noise.head().apply(stack.grad) if project else stack.grad.clone())
+            found.append(torch.cat([part.flatten() for part in parts]))
     raw, filtered = torch.stack(raw), torch.stack(filtered)
     cosine = nn.functional.cosine_similarity(raw.mean(0), filtered.mean(0), 0)
     return raw.var(0).sum().item(), filtered.var(0).sum().item(), cosine.item()
@@ -77,7 +77,7 @@ def train(seed: int, steps: int, strategy: str, enabled: bool):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategy", default="keep", choices=["noise", "keep", "hybrid", "auto"])
+    parser.add_argument("--strategy", default="keep", choices=["noise", "keep", "hybrid"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batches", type=int, default=300, help="fresh batches for the variance")
     parser.add_argument("--seed", type=int, default=0)
