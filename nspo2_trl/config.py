@@ -1,73 +1,31 @@
-"""The options of NSPO2: one validated dataclass that is also a mapping."""
+"""The table of options: each name, its default, range and meaning, once.
+
+From it come [`NSPO2Config`], the trainers' `nspo2_` fields, their help and docs/options.md.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
+from .rows import is_int, is_number, one_of, option, whole
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _one_of(*allowed: str) -> tuple:
-    return (lambda v: v in allowed, "one of " + ", ".join(repr(a) for a in allowed))
-
-
-# What one value must be, apart from the others: (test, words for the error message).
-_CHECKS = {
-    "dim": (lambda v: v is None or _is_int(v) and v > 0, "a positive whole number, or left out"),
-    "strategy": _one_of("noise", "keep", "hybrid", "auto"),
-    "projection_rank": (lambda v: _is_int(v) and v >= 0, "a whole number of at least 0 (0 projects nothing)"),
-    "update_freq": (lambda v: _is_int(v) and v >= 1, "a whole number of at least 1 (steps between eigensolves)"),
-    "trust_radius": (lambda v: _is_number(v) and v > 0, "a number above 0 (0.1 lets the mean move by 10 %)"),
-    "target_bias": (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
-    "max_rank": (lambda v: _is_int(v) and v >= 1, "a whole number of at least 1"),
-    "min_rank": (lambda v: _is_int(v) and v >= 0, "a whole number of at least 0"),
-    "cov_momentum": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1 (decay a step)"),
-    "shrinkage": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
-    "covariance": _one_of("adapter", "factored"),
-    "apply_to": _one_of("gradient", "update"),
-    "sentinel": (lambda v: isinstance(v, bool), "true or false"),
-    "eigensolver": _one_of("gram", "exact", "randomized"),
-    "basis_dtype": _one_of("float32", "bfloat16"),
-    "strength": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1 (1 is full projection)"),
-    "anneal": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1 (share of training, 0 is never)"),
-    "epsilon": (lambda v: _is_number(v) and 0 < v < 1, "a number above 0 and below 1"),
-    "seed": (_is_int, "a whole number"),
+REMOVED = {
+    "shrinkage": "it was never shown to help; leave it out",
+    "min_rank": "it removed noise that is not known; leave it out (`NSPO2Config` still has it, for tests)",
+    "epsilon": "leave it out (`NSPO2Config` still has it)",
+    "seed": "leave it out (`NSPO2Config` still has it)",
 }
 
 
-def check_options(options: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise `ValueError` with one sentence that names the option and the fix, for the first bad value in `options`.
-
-    Args:
-        options: field names of [`NSPO2Config`] with their values; missing ones are not looked at.
-        prefix: what users put before the name where they typed it (`"nspo2_"` in the trainer's config).
-    """
-    for name, value in options.items():
-        if name not in _CHECKS:
-            raise ValueError(f"`{prefix}{name}` is no option of NSPO2. The options are: {', '.join(_CHECKS)}.")
-        test, words = _CHECKS[name]
-        if not test(value):
-            raise ValueError(f"`{prefix}{name}` must be {words}, got {value!r}.")
-    rank, low, high = (options.get(name) for name in ("projection_rank", "min_rank", "max_rank"))
-    if rank is not None and high is not None and rank > high:
-        raise ValueError(
-            f"`{prefix}projection_rank` ({rank}) is above `{prefix}max_rank` ({high}), the number of directions that "
-            f"are tracked: raise `{prefix}max_rank` to at least {rank}."
-        )
-    if low is not None and high is not None and low > high:
-        raise ValueError(
-            f"`{prefix}min_rank` ({low}) is above `{prefix}max_rank` ({high}): lower `{prefix}min_rank` or raise "
-            f"`{prefix}max_rank`."
-        )
+def refuse_removed(given: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise `ValueError` with what to do, where `given` has an option that earlier versions had."""
+    for name, words in REMOVED.items():
+        if f"{prefix}{name}" in given and not (prefix == "" and name in OPTIONS):
+            raise ValueError(f"`{prefix}{name}` is no option any more: {words}.")
+    if given.get(f"{prefix}strategy") == "auto":
+        raise ValueError(f"`{prefix}strategy='auto'` is gone: set `{prefix}strategy` to 'keep', where it started.")
 
 
 @dataclass(eq=False)
@@ -76,61 +34,134 @@ class NSPO2Config(MutableMapping):
 
     Every value is checked when it is set; combinations (ranks against each other) when the config is made or used.
 
-    Parameters:
-        dim: number of entries of the gradient given to `NSPO2.hook`, checked there; elsewhere without effect.
-        strategy: `"noise"` removes the top noise directions, `"keep"` the same without what points along the running
-            mean gradient (bias 0 by construction), `"hybrid"` half and half; `"auto"` starts with `keep` and moves
-            as the sentinel says.
-        projection_rank: number of directions removed a block, at most. 0 only measures.
-        update_freq: steps between two eigensolves, at most; a full buffer (2 `max_rank` samples) brings one earlier.
-        trust_radius: how far the filter may move the running mean, as a share of its norm.
-        target_bias: upper bound on `1 - cos(m, m')`; the rank is lowered until it holds.
-        max_rank: number of directions that the covariance estimate tracks. Memory: up to 3 `max_rank` x dim floats,
-            the directions and the samples buffered between eigensolves.
-        min_rank: the rank does not fall below this, however insignificant the directions are, and even where
-            `target_bias` would want it.
-        cov_momentum: decay a step of the covariance and of the running mean. 0.97 averages over some 33 steps.
-        shrinkage: share of the way the eigenvalues are pulled towards their mean (Ledoit and Wolf, 2004).
-        covariance: `"adapter"` treats a block as one vector; `"factored"` keeps one side of each matrix.
-        apply_to: `"gradient"` filters before the optimizer, `"update"` lets it step and filters what it changed.
-        sentinel: whether a breach of the bounds lowers the rank, changes the strategy or ends the projection.
-        eigensolver: `"gram"` (sample space), `"exact"` (small blocks only) or `"randomized"`.
-        basis_dtype: `"float32"`, or `"bfloat16"` to keep the directions and the buffered samples in half the memory;
-            all maths stays in float32.
-        strength: share of the component in the noise directions that is removed.
-        anneal: share of training over which the strength falls linearly to 0; 0 keeps it constant.
-        epsilon: eigenvalues below this share of the largest one count as zero.
-        seed: seed of the randomized eigensolver and of the mixtures of rows that `"factored"` keeps.
-
     Raises:
         ValueError: a value is out of range; the message names the option and what it must be.
     """
 
-    dim: int | None = None
-    strategy: str = "hybrid"
-    projection_rank: int = 16
-    update_freq: int = 10
-    trust_radius: float = 0.1
-    target_bias: float = 0.05
-    max_rank: int = 32
-    min_rank: int = 0
-    cov_momentum: float = 0.97
-    shrinkage: float = 0.0
-    covariance: str = "adapter"
-    apply_to: str = "gradient"
-    sentinel: bool = True
-    eigensolver: str = "gram"
-    basis_dtype: str = "float32"
-    strength: float = 1.0
-    anneal: float = 0.0
-    epsilon: float = 1e-6
-    seed: int = field(default=42)
+    dim: int | None = option(
+        None,
+        lambda v: v is None or is_int(v) and v > 0,
+        "a positive whole number, or left out",
+        "Entries of the gradient given to `NSPO2.hook`, which checks it; elsewhere without effect.",
+        trainer=None,
+    )
+    strategy: str = one_of(
+        "hybrid",
+        "noise",
+        "keep",
+        help="Which directions are removed: `noise` the strongest noise directions, `keep` the same without what lies "
+        "along the running mean gradient, `hybrid` half and half. `keep` is the trainers' default because it leaves "
+        "the mean gradient as it is, so that neither trust region nor bias bound has to hold the projection back.",
+        trainer="keep",
+    )
+    projection_rank: int = whole(
+        16,
+        "Directions removed per block, at most. Lower it if `nspo2/signal_removed` is high. 0 measures the noise and "
+        "removes nothing: training is bit-identical to TRL's. With `factored` take 4.",
+        note=" (0 projects nothing)",
+    )
+    update_freq: int = whole(
+        10,
+        "Optimizer steps between two eigensolves, at most: one comes earlier where the buffer of 2 `max_rank` samples "
+        "is full. Steps before the first one are plain; lower it for runs of less than some 50 steps.",
+        least=1,
+        note=" (steps between eigensolves)",
+    )
+    trust_radius: float = option(
+        0.1,
+        lambda v: is_number(v) and v > 0,
+        "a number above 0 (0.1 lets the mean move by 10 %)",
+        "How far the filter may move the running mean gradient, as a share of its norm. Idle for `keep`.",
+    )
+    target_bias: float = option(
+        0.05,
+        lambda v: is_number(v) and 0 < v <= 1,
+        "a number above 0 and at most 1",
+        "Upper bound on 1 - cos(running mean, filtered mean); the rank is lowered until it holds. Idle for `keep`; 1 "
+        "switches it off.",
+    )
+    max_rank: int = whole(
+        32,
+        "Noise directions tracked per block, at least `projection_rank`; the trainers take twice that where it is not "
+        "set. Most of the memory: up to three times this many floats per adapter parameter.",
+        least=1,
+    )
+    min_rank: int = whole(
+        0,
+        "The rank in force does not fall below this, even for `target_bias`. For tests and benchmarks.",
+        trainer=None,
+    )
+    cov_momentum: float = option(
+        0.97,
+        lambda v: is_number(v) and 0 <= v < 1,
+        "a number from 0 to below 1 (decay per step)",
+        "Decay per step of the noise covariance and of the running mean: 0.97 averages over some 33 steps. Lower it "
+        "where the noise changes fast.",
+    )
+    covariance: str = one_of(
+        "adapter",
+        "factored",
+        help="`adapter`: a whole LoRA adapter is one vector. `factored`: one side of each of its matrices, less state "
+        "by the LoRA rank; take fewer directions (`projection_rank` 4). For large models.",
+    )
+    apply_to: str = one_of(
+        "gradient",
+        "update",
+        help="`gradient`: filter the gradient before the optimizer. `update`: let the optimizer step and filter what "
+        "it changed, which holds exactly with Adam too; needs one more copy of the adapters.",
+    )
+    sentinel: bool = option(
+        True,
+        lambda v: isinstance(v, bool),
+        "true or false",
+        "Whether a breach (bias above the target, a trust region that holds most of the projection back, a rising "
+        "`eval_loss`) lowers the rank, then takes a milder strategy, then ends the projection.",
+    )
+    eigensolver: str = one_of(
+        "gram",
+        "exact",
+        "randomized",
+        help="`gram`: in the space of the samples. `exact`: d × d matrices, for up to 4,096 entries and one process. "
+        "`randomized`: saves time only with very many rows.",
+    )
+    basis_dtype: str = one_of(
+        "float32",
+        "bfloat16",
+        help="`bfloat16`: directions and buffered samples in half the memory; the maths stays in float32.",
+    )
+    strength: float = option(
+        1.0,
+        lambda v: is_number(v) and 0 <= v <= 1,
+        "a number from 0 to 1 (1 is full projection)",
+        "Share of the component in the noise directions that is removed.",
+    )
+    anneal: float = option(
+        0.0,
+        lambda v: is_number(v) and 0 <= v <= 1,
+        "a number from 0 to 1 (share of training, 0 is never)",
+        "Share of training over which the strength falls linearly to 0; 0 keeps it constant. The optimizer wrapper "
+        "needs `set_progress` for it.",
+    )
+    epsilon: float = option(
+        1e-6,
+        lambda v: is_number(v) and 0 < v < 1,
+        "a number above 0 and below 1",
+        "Eigenvalues below this share of the largest one count as zero.",
+        trainer=None,
+    )
+    seed: int = option(
+        42,
+        is_int,
+        "a whole number",
+        "Seed of the randomized eigensolver and of the mixtures of rows that `factored` keeps.",
+        trainer=None,
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> NSPO2Config:
+        refuse_removed(kwargs)  # here, since the dataclass's own constructor would only say that it does not know it
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Check every value and their combinations; raises `ValueError`."""
         check_options(dict(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,7 +169,7 @@ class NSPO2Config(MutableMapping):
         super().__setattr__(name, value)
 
     def __getitem__(self, name: str) -> Any:
-        if name not in _CHECKS:
+        if name not in OPTIONS:
             raise KeyError(name)
         return getattr(self, name)
 
@@ -149,10 +180,37 @@ class NSPO2Config(MutableMapping):
         raise TypeError(f"`{name}` cannot be deleted from an NSPO2Config; set it to another value.")
 
     def __iter__(self) -> Iterator[str]:
-        return (f.name for f in fields(self))
+        return iter(OPTIONS)
 
     def __len__(self) -> int:
-        return len(fields(self))
+        return len(OPTIONS)
+
+
+OPTIONS: dict[str, Field] = {f.name: f for f in fields(NSPO2Config)}
+
+
+def check_options(options: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise `ValueError` with one sentence that names the option and the fix, for the first bad value in `options`.
+
+    Args:
+        options: field names of [`NSPO2Config`] with their values; missing ones are not looked at.
+        prefix: what users put before the name where they typed it (`"nspo2_"` in the trainer's config).
+    """
+    refuse_removed({f"{prefix}{name}": value for name, value in options.items()}, prefix)
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise ValueError(f"`{prefix}{name}` is no option of NSPO2. The options are: {', '.join(OPTIONS)}.")
+        row = OPTIONS[name].metadata
+        if not row["valid"](value):
+            raise ValueError(f"`{prefix}{name}` must be {row['must_be']}, got {value!r}.")
+    high = options.get("max_rank")
+    for name in ("projection_rank", "min_rank"):
+        rank = options.get(name)
+        if rank is not None and high is not None and rank > high:
+            raise ValueError(
+                f"`{prefix}{name}` ({rank}) is above `{prefix}max_rank` ({high}), the number of directions that are "
+                f"tracked: raise `{prefix}max_rank` to at least {rank}."
+            )
 
 
 def get_default_config(dim: int | None = None, **overrides: Any) -> NSPO2Config:

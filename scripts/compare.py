@@ -101,7 +101,7 @@ def recipe(method: str, seed: int, options: list[str], folder: Path) -> Run:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="a YAML recipe; without one, the noisy quadratic")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=[*METHODS, "auto"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4 on the quadratic, 0 on a recipe")
     parser.add_argument("--steps", type=int, default=400, help="of the quadratic; for a recipe use --max_steps")
     parser.add_argument("--signal", choices=["outside", "inside"], default="outside", help="of the noisy directions")

@@ -40,6 +40,13 @@ ARGS = {
 FAST_NSPO2 = {"nspo2_update_freq": 2, "nspo2_projection_rank": 4, "nspo2_max_rank": 8, "nspo2_min_rank": 4}
 
 
+def configure(config_class, nspo2_min_rank: int = 0, **options):
+    """A trainer's config; with `nspo2_min_rank`, for which users have no option, it filters within a few steps."""
+    config = config_class(**options)
+    config.nspo2_min_rank = nspo2_min_rank
+    return config
+
+
 @pytest.fixture
 def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -65,7 +72,7 @@ def make_trainer(pairs, tmp_path):
     def make(cls=NSPO2DPOTrainer, lora=None, model=MODEL, trainer=None, **args):
         plain = cls is DPOTrainer
         options = {"output_dir": str(tmp_path / "out")} | ARGS | ({} if plain else FAST_NSPO2) | args
-        config = (DPOConfig if plain else NSPO2DPOConfig)(**options)
+        config = DPOConfig(**options) if plain else configure(NSPO2DPOConfig, **options)
         extra = {"train_dataset": pairs} | (trainer or {})
         if isinstance(model, str):
             extra.setdefault("peft_config", LoraConfig(**(LORA | (lora or {}))))

@@ -1,6 +1,8 @@
 import pytest
 
-from nspo2_trl import NSPO2Config, get_default_config
+from nspo2_trl import NSPO2Config, NSPO2DPOConfig, get_default_config
+from nspo2_trl.cli.arguments import parse
+from nspo2_trl.training.options import nspo2_options
 
 BAD = [
     ("strategy", "quiet"),
@@ -16,7 +18,6 @@ BAD = [
     ("max_rank", 0),
     ("min_rank", -1),
     ("cov_momentum", 1.0),
-    ("shrinkage", -0.1),
     ("covariance", "full"),
     ("eigensolver", "svd"),
     ("strength", 1.1),
@@ -87,3 +88,39 @@ def test_unknown_options():
         config["rank"]
     with pytest.raises(TypeError):
         del config["seed"]
+
+
+def trainer_config(**options):
+    return NSPO2DPOConfig("out", use_cpu=True, bf16=False, **options)
+
+
+def test_the_trainers_track_twice_the_rank_unless_told():
+    ranks = [(16, 32), (4, 8), (0, 1)]
+    assert [(r, nspo2_options(trainer_config(nspo2_projection_rank=r))["max_rank"]) for r, _ in ranks] == ranks
+    assert nspo2_options(trainer_config(nspo2_max_rank=20))["max_rank"] == 20
+
+
+@pytest.mark.parametrize("name, value", [("shrinkage", 0.1), ("min_rank", 2), ("epsilon", 1e-5), ("seed", 1)])
+def test_options_that_are_gone_say_what_to_do(name, value):
+    with pytest.raises(ValueError, match=f"^`nspo2_{name}` is no option any more: .*leave it out"):
+        trainer_config(**{f"nspo2_{name}": value})
+    if name == "shrinkage":
+        for attempt in (NSPO2Config, get_default_config, get_default_config().update):
+            with pytest.raises(ValueError, match="^`shrinkage` is no option any more: .*leave it out"):
+                attempt(shrinkage=value)
+
+
+def test_the_strategy_auto_is_gone():
+    with pytest.raises(ValueError, match="^`nspo2_strategy='auto'` is gone: set `nspo2_strategy` to 'keep'"):
+        trainer_config(nspo2_strategy="auto")
+    with pytest.raises(ValueError, match="^`strategy='auto'` is gone: set `strategy` to 'keep'"):
+        get_default_config(strategy="auto")
+
+
+@pytest.mark.parametrize("key, value", [("nspo2_seed", "3"), ("nspo2_strategy", "auto")])
+def test_recipes_and_commands_that_name_them_say_so_too(key, value, tmp_path, in_the_repository):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(open("recipes/quickstart/dpo.yaml").read() + f"\n{key}: {value}\n")
+    for argv in (["--config", str(recipe)], ["--config", "recipes/quickstart/dpo.yaml", f"--{key}", value]):
+        with pytest.raises(ValueError, match=f"`{key}.* is (no option any more|gone): "):
+            parse(argv)

@@ -126,12 +126,12 @@ def test_model_options_reach_the_model(tmp_path):
     [
         (
             ["--nspo2_strategy", "quiet"],
-            "`nspo2_strategy` must be one of 'noise', 'keep', 'hybrid', 'auto', got 'quiet'",
+            "`nspo2_strategy` must be one of 'hybrid', 'noise', 'keep', got 'quiet'",
         ),
         (["--nspo2_projection_rank", "-1"], "`nspo2_projection_rank` must be a whole number of at least 0"),
         (["--nspo2_update_freq", "0"], "`nspo2_update_freq` must be a whole number of at least 1"),
         (["--nspo2_trust_radius", "0"], "`nspo2_trust_radius` must be a number above 0"),
-        (["--nspo2_projection_rank", "64"], "raise `nspo2_max_rank` to at least 64"),
+        (["--nspo2_projection_rank", "64", "--nspo2_max_rank", "32"], "raise `nspo2_max_rank` to at least 64"),
         (["--dataset_name", "./nowhere.jsonl"], "`dataset_name`: there is no file or folder './nowhere.jsonl'"),
         (["--dataset_name", "README.md"], "`dataset_name` 'README.md': a file must end in"),
         (["--dataset_train_split", "training"], "`dataset_train_split` is 'training', but the dataset has"),

@@ -82,19 +82,6 @@ def test_a_bad_evaluation_stands_until_the_next_one():
     assert sentinel.level == 0
 
 
-def test_auto_starts_with_keep_grows_bolder_and_learns_from_a_breach():
-    sentinel = BiasSentinel("auto", 0.05)
-    assert sentinel.strategy == "keep"
-    climb(sentinel, CALM, PATIENCE)
-    assert sentinel.strategy == "hybrid"
-    sentinel.check(BIASED, 10)
-    assert sentinel.strategy == "keep"
-    climb(sentinel, CALM, 2 * PATIENCE - 1)
-    assert sentinel.strategy == "keep"  # waits longer than the first time
-    climb(sentinel, CALM, 1)
-    assert sentinel.strategy == "hybrid"
-
-
 def test_off_is_left_again_although_no_filter_reports_a_bias_then():
     """In a run bias and α are absent while the projection is off; that must not keep it off for ever."""
     sentinel = BiasSentinel("keep", 0.05)

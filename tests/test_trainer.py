@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
+from conftest import FAST_NSPO2, LORA, MODEL, assert_same, configure, figures, losses, trainable
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -200,13 +200,6 @@ def test_anneal_ends_the_projection_after_its_share_of_training(make_trainer):
     trainer = make_trainer(nspo2_anneal=0.5)
     trainer.train()
     assert figures(trainer, "active") == [0, 0, 1, 1, 0, 0, 0, 0]
-
-
-def test_auto_moves_to_a_bolder_strategy_while_all_is_calm(make_trainer):
-    trainer = make_trainer(nspo2_strategy="auto", max_steps=12)
-    assert trainer.nspo2.sentinel.strategy == "keep"
-    trainer.train()
-    assert trainer.nspo2.sentinel.strategy in ("hybrid", "noise")
 
 
 # ---- in update space ----
@@ -525,6 +518,6 @@ def test_bad_options_name_the_field(tmp_path, name, value):
 
 
 def test_config_covers_every_option_of_the_engine(tmp_path):
-    config = NSPO2DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **FAST_NSPO2)
+    config = configure(NSPO2DPOConfig, output_dir=str(tmp_path), use_cpu=True, bf16=False, **FAST_NSPO2)
     assert NSPO2Config(**nspo2_options(config)).projection_rank == 4
     assert all(f"nspo2_{name}" in vars(config) for name in nspo2_options(config))

@@ -1,7 +1,7 @@
 """KTO, GRPO, reward and SFT trainers with NSPO2, and `attach_nspo2`: real steps, and rank 0 is TRL to the bit."""
 
 import pytest
-from conftest import ARGS, FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
+from conftest import ARGS, FAST_NSPO2, LORA, MODEL, assert_same, configure, figures, losses, trainable
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import (
@@ -55,7 +55,9 @@ def make(cls, config_cls, kind, pairs, folder, **args):
     options = {"output_dir": str(folder)} | ARGS | {"max_steps": 5} | OPTIONS.get(kind, {}) | args
     extra = {"reward_funcs": letters} if kind in ("GRPO", "RLOO") else {}
     lora = LoraConfig(**LORA | TASKS.get(kind, {}))
-    return cls(MODEL, args=config_cls(**options), train_dataset=rows(kind, pairs), peft_config=lora, **extra)
+    return cls(
+        MODEL, args=configure(config_cls, **options), train_dataset=rows(kind, pairs), peft_config=lora, **extra
+    )
 
 
 def ours(kind):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from conftest import ARGS, FAST_NSPO2, LORA, MODEL, ROOT, losses
+from conftest import ARGS, FAST_NSPO2, LORA, MODEL, ROOT, configure, losses
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
@@ -135,7 +135,7 @@ def main(out: str, options: str, resume: str | None = None) -> None:
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # ZeRO-3 makes the model before the trainer does
     data = load_dataset(str(ROOT / "recipes/quickstart/data"), split="train[:64]")
     data = data.select_columns(["prompt", "chosen", "rejected"])
-    config = config_class(**args)
+    config = configure(config_class, **args)
     if fsdp:  # Accelerate shards on accelerators only, so a CPU has to pass for one
         config.device  # noqa: B018 (makes the state)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -11,6 +11,7 @@ from typing import NoReturn
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
+from ..config import refuse_removed
 from ..training.checkpoints import last_whole, refuse_half
 from ..training.options import NSPO2DPOConfig
 from .data import NSPO2ScriptArguments, nearest
@@ -87,6 +88,7 @@ def parse(argv: list[str]) -> tuple:
     known = [option for action in parser._actions for option in action.option_strings]
     for arg in argv:
         flag = arg.split("=")[0]
+        refuse_removed({flag.removeprefix("--"): None}, prefix="nspo2_")
         if flag.startswith("--") and flag != "--config" and flag not in known:
             raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
     try:
@@ -126,6 +128,7 @@ def _check_keys(path: Path, parser: TrlParser) -> None:
         raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     known = [*actions, "env"]
+    refuse_removed(recipe, prefix="nspo2_")
     for key, value in recipe.items():
         if key not in known:
             raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")

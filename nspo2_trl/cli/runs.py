@@ -168,11 +168,11 @@ def spectrum(file: Path) -> list[float]:
     """Tracked eigenvalues in a saved state as shares of the noise, mean over blocks, largest first; NaN for 0."""
     import torch
 
-    from ..engine import metrics
+    from ..engine import sums
 
     groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["groups"]  # may be gigabytes
     states = [group["cov"] for group in groups.values() if "cov" in group]
-    shares = metrics.spectrum([state["values"] for state in states], [state["traces"][0] for state in states])
+    shares = sums.spectrum([state["values"] for state in states], [state["traces"][0] for state in states])
     return [share if share > 0 else math.nan for share in shares]
 
 

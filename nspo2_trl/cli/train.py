@@ -30,7 +30,8 @@ from trl import (
     get_quantization_config,
 )
 
-from ..training.card import FIGURES, means
+from ..metrics import METRICS
+from ..training.card import means
 from ..training.checkpoints import CheckpointError, last_checkpoint, last_whole
 from ..training.dpo import NSPO2DPOTrainer
 from ..training.options import NSPO2DPOConfig
@@ -116,8 +117,8 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         table.add_column("", justify="right")
         table.add_column("")
         for name, value in figures.items():
-            table.add_row(f"nspo2/{name}", f"{value:.4g}", FIGURES[name])
-        table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers")
+            table.add_row(f"nspo2/{name}", f"{value:.4g}", METRICS[name][0])
+        table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), METRICS["skipped_steps"][0])
         table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
         if not figures.get("active") and trainer.args.nspo2_projection_rank > 0:

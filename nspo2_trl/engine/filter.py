@@ -15,7 +15,6 @@ import torch
 from ..config import NSPO2Config
 from .covariance import CovEstimator, mixture, noise_rows
 from .eigensolvers import EigSolver, Spread, Total, alone, same
-from .metrics import FilterSums, summarize
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
 from .shards import Shards
@@ -23,6 +22,7 @@ from .signal_to_noise import SignalEstimate
 from .significance import noise_edge, significant_rank
 from .state import load_tensors
 from .strategies import Choice
+from .sums import FilterSums, summarize
 
 
 class NoiseFilter:
@@ -245,6 +245,6 @@ class NoiseFilter:
 
 
 def figures(filters: Sequence[NoiseFilter], batch_size: float = 1.0) -> dict[str, float]:
-    """What `filters` of one model measured, pooled, see [`metrics.summarize`]; waits for the device."""
+    """What `filters` of one model measured, pooled, see [`summarize`]; waits for the device."""
     known = all(part.cov is not None for part in filters)  # else nothing was learned yet
     return summarize([p.sums for p in filters], [p.signal for p in filters], batch_size) if known else {}

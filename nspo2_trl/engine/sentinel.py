@@ -16,15 +16,12 @@ LOSS_DECAY = 0.9
 PATIENCE = 3  # calm checks until one rung is taken back
 
 
-def _ladder(strategy: str) -> tuple[list[tuple[str, float, str]], int]:
-    """The rungs (strategy, share of the rank, words for the log) from the boldest to off, and where a run starts."""
+def _ladder(strategy: str) -> list[tuple[str, float, str]]:
+    """The rungs (strategy, share of the rank, words for the log) from the boldest, where a run starts, to off."""
     order = ["noise", "hybrid", "keep"]
-    if strategy == "auto":
-        rungs = [(name, 1.0, f"strategy `{name}`") for name in order]
-        return [*rungs, ("keep", 0.5, "half the rank"), ("off", 0.0, "projection off")], 2
     weaker = order[order.index(strategy) + 1 :]
     rungs = [(strategy, 1.0, "as configured"), (strategy, 1.0, "a warning"), (strategy, 0.5, "half the rank")]
-    return [*rungs, *((name, 0.5, f"strategy `{name}`") for name in weaker), ("off", 0.0, "projection off")], 0
+    return [*rungs, *((name, 0.5, f"strategy `{name}`") for name in weaker), ("off", 0.0, "projection off")]
 
 
 class BiasSentinel:
@@ -35,7 +32,7 @@ class BiasSentinel:
     `eval_loss` is more than 10 % above its best. Each check in breach climbs down one rung, each three calm checks
     climb one back up; every move is logged with its reason. A figure that was in breach stands so until it is
     reported anew; while the projection is off bias and α are not looked at, so that it is tried again in the end,
-    later each time. With strategy `auto` the ladder has bolder rungs than the one a run starts on, `keep`.
+    later each time.
 
     Args:
         strategy: of the config. target_bias: of the config. enabled: whether checks have an effect.
@@ -44,11 +41,10 @@ class BiasSentinel:
 
     def __init__(self, strategy: str, target_bias: float, enabled: bool = True, every: int = 1):
         self.enabled, self.configured, self.every, self.moved_at = enabled, strategy, every, -math.inf
-        self.rungs, self.level = _ladder(strategy)
+        self.rungs, self.level = _ladder(strategy), 0
         self.target_bias = target_bias
         self.calm = 0
         self.patience = PATIENCE
-        self.auto = strategy == "auto"
         self.best = self.best_eval = math.inf
         self.smoothed = 0.0
         self.variance = 0.0  # of one report around the smoothed loss
@@ -85,8 +81,6 @@ class BiasSentinel:
         reasons = self._breaches(known)
         if reasons:
             self.calm = 0
-            if self.auto and self.level < 2:  # a bolder rung did not work out: wait longer before the next try
-                self.patience *= 2
             return self._move(1, step, " and ".join(reasons))
         if any(self.standing.values()):
             return False

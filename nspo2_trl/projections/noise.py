@@ -14,8 +14,8 @@ from ..config import NSPO2Config
 from ..engine.eigensolvers import Total, check_exact
 from ..engine.filter import NoiseFilter, figures
 from ..engine.finite import all_finite
-from ..engine.metrics import spectrum
 from ..engine.sentinel import BiasSentinel
+from ..engine.sums import spectrum
 from ..layout.blocks import Block, units
 from ..layout.stacks import Stack
 from .protocol import Step
@@ -180,7 +180,7 @@ class NoiseProjection:
                     part.sums.forget_filter()
 
     def metrics(self, batch_size: float = 1.0) -> dict[str, float]:
-        """Figures since the last call, or of recent steps, see [`metrics.summarize`]; waits for the device."""
+        """Figures since the last call, or of recent steps, see [`summarize`]; waits for the device."""
         before, after, steps, active = self._norms.tolist()
         found = {"skipped_steps": self.skipped_steps, **figures(self.filters, batch_size)}
         if steps:
@@ -193,7 +193,7 @@ class NoiseProjection:
         return found
 
     def spectrum(self) -> list[float]:
-        """See [`metrics.spectrum`]; waits for the device."""
+        """See [`spectrum`]; waits for the device."""
         known = [part.cov for part in self.filters if part.cov is not None]
         return spectrum([cov.values for cov in known], [cov.trace for cov in known])
 

@@ -12,19 +12,11 @@ from typing import Any
 
 import yaml
 
-from .options import NSPO2Arguments, nspo2_options
+from ..metrics import METRICS
+from .options import TRAINER_OPTIONS, NSPO2Arguments, nspo2_options
 
-# key, what it means; in the order in which tables show them
-FIGURES = {
-    "variance_reduction": "share of the noise removed",
-    "bias": "1 - cos of mean and filtered mean",
-    "rank": "directions removed an adapter",
-    "alpha": "share the trust region lets through",
-    "noise_scale": "batch size up to which more data a step pays",
-    "signal_removed": "share of the signal removed",
-    "active": "share of steps projected",
-    "overhead_ms": "a step",
-}
+# those that tables show, in their order
+SHOWN = ("variance_reduction", "bias", "rank", "alpha", "noise_scale", "signal_removed", "active", "overhead_ms")
 CITATION = """@software{nspo2,
     title = {NSPO2: Null Space Preference Optimization v2},
     year  = 2024,
@@ -47,8 +39,8 @@ _LORA = {  # option of a recipe: attribute of PEFT's config
 
 
 def means(log_history: Sequence[dict]) -> dict[str, float]:
-    """Mean of what was logged, for the names of `FIGURES` that were."""
-    found = {name: [e[f"nspo2/{name}"] for e in log_history if f"nspo2/{name}" in e] for name in FIGURES}
+    """Mean of what was logged, for the names of `SHOWN` that were."""
+    found = {name: [e[f"nspo2/{name}"] for e in log_history if f"nspo2/{name}" in e] for name in SHOWN}
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
@@ -64,8 +56,10 @@ def recipe(trainer: Any) -> dict:
         if f.init and f.name not in _LEFT_OUT and getattr(args, f.name) != default:
             chosen[f.name] = getattr(args, f.name)
     if args.nspo2_enabled:  # an attached trainer has them beside its fields
-        defaults = nspo2_options(NSPO2Arguments)
-        chosen |= {f"nspo2_{k}": value for k, value in nspo2_options(args).items() if value != defaults[k]}
+        defaults, options = nspo2_options(NSPO2Arguments), nspo2_options(args)
+        defaults["max_rank"] = max(1, 2 * options["projection_rank"])
+        chosen.pop("nspo2_max_rank", None)
+        chosen |= {f"nspo2_{k}": options[k] for k in TRAINER_OPTIONS if options[k] != defaults[k]}
     peft_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")
     if peft_config is not None:
         lora = {option: getattr(peft_config, name, None) for option, name in _LORA.items()}
@@ -115,9 +109,9 @@ def add_to_card(path: str, trainer: Any) -> None:
     evals = [entry for entry in history if "eval_loss" in entry]
     figures = [(key, f"{value:.4g}", "last evaluation") for key, value in (evals[-1] if evals else {}).items()]
     figures = [row for row in figures if row[0].startswith("eval_rewards/") or row[0] == "eval_loss"]
-    figures += [(f"nspo2/{key}", f"{value:.4g}", FIGURES[key]) for key, value in means(history).items()]
+    figures += [(f"nspo2/{key}", f"{value:.4g}", METRICS[key][0]) for key, value in means(history).items()]
     if trainer.nspo2 is not None:
-        figures.append(("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), "with bad numbers"))
+        figures.append(("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), METRICS["skipped_steps"][0]))
     steps = trainer.state.global_step
     lines = ["## NSPO2", "", _what_was_done(trainer), ""]
     lines += [f"Measured in this run of {steps} steps; NSPO2's figures are means of what was logged:"]

@@ -67,8 +67,8 @@ def sized_trainer(cell: dict, length: int, use_cpu: bool, enabled: bool) -> NSPO
         nspo2_enabled=enabled,
         nspo2_covariance=cell["covariance"],
         nspo2_update_freq=cell["update_freq"],
-        nspo2_min_rank=16,
     )
+    args.nspo2_min_rank = 16  # filters from the first basis on, whatever it finds
     lora = LoraConfig(r=cell["lora_r"], target_modules="all-linear", task_type="CAUSAL_LM")
     return NSPO2DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=lora)
 

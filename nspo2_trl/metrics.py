@@ -1,0 +1,20 @@
+"""The table of metrics: what is logged as `nspo2/NAME`, with its meaning and unit."""
+
+# what it is, unit
+METRICS = {
+    "variance_reduction": ("share of the noise that the filter removes, on samples that it had not seen", ""),
+    "bias": ("1 - cos(m, m′): m the running mean gradient, m′ what the filter makes of it", ""),
+    "rank": ("directions removed, mean over blocks", "directions"),
+    "alpha": ("share of the projection that the trust region lets through, mean over blocks", ""),
+    "noise_scale": ("batch size up to which more examples per step pay, over the last 512 steps", "examples"),
+    "signal_removed": ("share of the signal that the filter removes, over the last 64 eigensolves", ""),
+    "signal_removed_se": ("standard error of `signal_removed`; both are absent above 0.2", ""),
+    "active": ("share of steps that were projected", ""),
+    "overhead_ms": ("time of NSPO2, part of `step_time`", "ms per step"),
+    "grad_norm_raw": ("norm of the adapters' gradient after clipping, before the filter", ""),
+    "grad_norm": ("norm of the adapters' gradient after the filter", ""),
+    "skipped_steps": ("steps so far with NaN or Inf in a gradient: nothing was learned from them", "steps"),
+    "sentinel_level": ("rung of the sentinel: 0 is as configured, higher ones are milder", ""),
+    "batch_size": ("examples per step: batch per device × accumulation × processes", "examples"),
+    "step_time": ("time of a training step, without evaluation and saving", "s"),
+}
