@@ -10,7 +10,7 @@ from . import pictures, variance_tables
 from .grid import read
 from .methods import WORDS
 from .stats import interval
-from .tables import add_speed_and_frontier, compare, line, section, words
+from .tables import READING, add_speed_and_frontier, compare, line, section, words
 
 MARKS = "<!-- made by scripts/benchmark.py tables -->", "<!-- end of what it made -->"
 OVERHEAD = "overhead_quickstart_cpu.json"
@@ -92,12 +92,12 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     if not rows_of:
         return []
     about = (
-        "Published: what the description of NSPO2 that this project implements says, of no model in particular. The "
-        "commands run the quick start; for another model, as `stories`, see [reproducing.md](reproducing.md)."
+        "Published: what the description of NSPO2 says, for no model in particular. The commands run the quick start; "
+        "for `stories` see [reproducing.md](reproducing.md)."
     )
     lines = ["## The four claims", "", about, "", *claims(rows_of, overhead)]
     if parts["variance"]:
-        lines += ["## What a filter does to the gradient", *parts["variance"]]
-    lines += ["## What it does to training", *parts["convergence"]]
+        lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts["variance"]]
+    lines += ["## What it does to training", "", READING, *parts["convergence"]]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
     return [fill(docs / "results.md", "Results", lines), *paths]

@@ -139,7 +139,7 @@ def difference(row: dict) -> list[str]:
 
 def loss_table(rows: list[dict]) -> list[str]:
     head = ["method", "learning rate", "held-out loss", "difference to plain [95 %]", "", "accuracy", "margin"]
-    lines = [line([*head, "noise removed", "pairs a step", "CPU ms a step"]), "|---" * 10 + "|"]
+    lines = [line([*head, "noise removed", "pairs per step", "CPU ms per step"]), "|---" * 10 + "|"]
     for row in rows:
         rate = f"{row['lr']:g}" + (" (at the edge of the grid)" if row["edge"] else "")
         removed = f"{100 * statistics.fmean(row['removed']):.0f} %, rank {row['rank']:.1f}" if row["removed"] else ""
@@ -165,10 +165,21 @@ def gold_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-JUDGED = """They are called better or worse where an exact sign-flip permutation test has p < 0.05 also when corrected
-for the number of comparisons in the table (Benjamini and Hochberg; plain's other rates are not), perhaps better or
-worse where only without that. Plain was reported at half and double its rate too, and at the rates of the others: what
-beats it only at the rate chosen for it has not won, and the table says so."""
+READING = """- Each method runs at the rate with the lowest mean held-out loss over other seeds and other pairs of the
+  test split. The outermost rates were tried only where the best one was at the edge.
+- Differences are paired by seed: same order of the data, same start of LoRA. Intervals are over seeds, on the same
+  held-out pairs. They are percentile bootstraps, which cover the truth in 89 % of simulations with 10 seeds.
+- Better, worse: an exact sign-flip permutation test has p < 0.05 after correction for the number of comparisons in the
+  table (Benjamini and Hochberg). Perhaps better, perhaps worse: only without the correction.
+- Plain AdamW was also run at half and double its rate and at the rates of the others. A method that beats it only at
+  the rate chosen for it has not won, and the table says so. These rates are not in the correction.
+- Noise removed: on micro-batches that the basis had not seen, mean over the filtered steps, with the mean rank.
+- CPU ms: in the benchmark's own loop, two runs at a time. `overhead` measures what NSPO2 costs.
+- KL: mean over samples of log p - log p of the reference, in nats.
+- Gold score at the same KL: plain's is interpolated between its rates. The curve is concave, so this flatters the
+  methods in between. The gain of plain's own runs is given under each table: a gain below it shows nothing.
+- Steps: until a run's held-out loss is as low as the mean of plain's runs at that point. Sums over seeds, as a share
+  of plain's sum; a run that never gets there counts in full. Gold score, KL and steps are not corrected."""
 
 
 def power(rows: list[dict]) -> str:
@@ -189,25 +200,9 @@ def section(records: list[dict], rows: list[dict], task: str, plot: str) -> list
     rates = ", ".join(f"{lr:g}" for lr in sorted({cell["lr"] for cell in chosen}))
     runs, plain = reported(records, task), rows[0]
     itself = frontier(runs, runs["plain", plain["lr"]], sorted(runs["plain", plain["lr"]]), but=plain["lr"])
-    bias = (
-        f" Plain's own runs at its best rate gain {words(*itself, form='+.2f')} over the chord beside them."
-        if itself
-        else ""
-    )
     number, seeds = plain["seeds"], len({cell["seed"] for cell in chosen})
     about = f"""{cell["steps"]} steps, {number} seeds, {cell["held_out"]} held-out pairs, {cell["samples"]} samples.
-Each method at the best of its learning rates ({rates}; the outer ones only where the best was at the edge), chosen by
-the mean held-out loss of {seeds} other seeds on other pairs of the test split. Differences are paired by seed: same
-order of the data, same start of LoRA. {JUDGED} The bootstrap intervals cover the truth a little less often than they
-say (89 % of simulations with 10 seeds), and all are over seeds, on the same held-out pairs. {power(rows)}"""
-    notes = f"""Noise removed: from micro-batches that the basis had not seen, mean over the steps on which a filter
-was in force, with the mean rank. NSPO2's sentinel watches the held-out loss, as in training.
-
-KL: mean over samples of log p - log p of the reference, in nats. Plain's gold score at another KL is interpolated
-between the rates it was reported at. That flatters what lies between them, since the curve is
-concave.{bias} A gain below that shows nothing, and neither these columns nor the steps are
-corrected for the number of comparisons. CPU ms: in the benchmark's own loop, two runs at a time; `overhead` measures
-what NSPO2 costs. Steps: until a run's held-out loss is as low as the mean of plain's runs is at that point; sums over
-seeds as a share of plain's sum, a run that never gets there counting whole."""
+Learning rates: {rates}, chosen with {seeds} seeds. {power(rows)}"""
+    notes = f"Plain's own runs at its best rate gain {words(*itself, form='+.2f')} over the chord." if itself else ""
     picture = f"![{task}: held-out loss, paired difference to plain AdamW, gold score against KL]({plot})"
-    return [about, "", *loss_table(rows), "", notes, "", *gold_table(rows), "", picture]
+    return [about, "", *loss_table(rows), "", *gold_table(rows), "", notes, "", picture]

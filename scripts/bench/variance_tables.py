@@ -20,6 +20,16 @@ UNKNOWN = "not known"
 COLOURS = {"keep": "#1f6fb4", "noise": "#b4341f", "hybrid": "#7a4fb4", "random": "#8a8a8a"}
 
 
+READING = f"""Command: `python scripts/benchmark.py variance`. At each point some micro-batches of {PAIRS} pairs give
+directions and reference, others the scores. The rank is used as given, without the significance test and the bounds of
+training. Brackets: 95 % over the runs, percentile bootstrap.
+
+- Relative variance: variance divided by the squared mean, of what is left, as a share of the raw gradient's. Above 1
+  the filter makes the gradient noisier for its length.
+- Error of a batch: mean squared distance between the filtered gradient of {BATCH} micro-batches and the mean over all
+  data, as a share of the raw one's."""
+
+
 def pooled(records: list[dict], point: str, covariance: str, which: str) -> dict[str, tuple[float, tuple | None]]:
     """Scores of a filter over all runs, each with its 95 % interval: ratios of sums over runs.
 
@@ -62,14 +72,8 @@ def told(name: str, scores: dict) -> str:
 def section(records: list[dict], scores: dict, task: str, plot: str) -> list[str]:
     cell = records[0]["cell"]
     lines = [
-        f"{len(records)} runs of plain AdamW (rate {cell['lr']:g}, {cell['steps']} steps), stopped at four points. "
-        f"There {cell['fit']} micro-batches of {PAIRS} pairs give directions and reference, {cell['fresh']} others "
-        "the scores; in brackets 95 % over the runs (percentile bootstrap, which covers some 90 % with 10 runs). The "
-        "rank is taken as it is: without the test of significance and the bounds that training has. Relative "
-        "variance: variance over the mean's square, of what is left, as a share of the raw gradient's; above 1 the "
-        "filter makes the gradient noisier for its length. Error of a batch: mean squared distance of the filtered "
-        f"gradient of {BATCH} micro-batches to the mean over all data, as a share of the raw one's. "
-        "Command: `python scripts/benchmark.py variance`.",
+        f"{len(records)} runs of plain AdamW (rate {cell['lr']:g}, {cell['steps']} steps), stopped at four points; "
+        f"{cell['fit']} micro-batches fit the filter, {cell['fresh']} score it.",
         "",
         "In the middle of the run:",
         "",
