@@ -18,6 +18,7 @@ from trl import DatasetMixtureConfig
 from nspo2_trl import NSPO2, NSPO2Config, NSPO2DPOConfig
 from nspo2_trl.cli import arguments, train
 from nspo2_trl.cli.data import NSPO2ScriptArguments
+from nspo2_trl.config import REMOVED
 from nspo2_trl.engine.filter import figures
 from nspo2_trl.metrics import METRICS
 
@@ -117,6 +118,8 @@ def test_every_option_of_the_data_has_its_default():
 @each_page
 def test_options_that_are_named_exist(page):
     known = {name for name in defaults(NSPO2DPOConfig) if name.startswith("nspo2_")} | {"nspo2_trl", "nspo2_state"}
+    if page.name == "CHANGELOG.md":
+        known |= {f"nspo2_{name}" for name in REMOVED}
     assert set(re.findall(r"(?<!\w)nspo2_\w+", page.read_text())) <= known
 
 
@@ -179,7 +182,7 @@ def messages() -> list[re.Pattern]:
 def test_messages_are_the_codes_own():
     known = messages()
     shown = [" ".join(text.split()) for page in DOCS for text in blocks(page, "text")]
-    assert len(shown) > 20
+    assert len(shown) > 10
     for text in shown:
         assert any(pattern.fullmatch(text) for pattern in known), text
 
