@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .training.attach import attach_nspo2
     from .training.dpo import NSPO2DPOTrainer
     from .training.options import NSPO2DPOConfig
+    from .training.retain import retain_adapter
     from .training.trainers import (
         NSPO2GRPOConfig,
         NSPO2GRPOTrainer,
@@ -29,6 +30,7 @@ _NEEDS_TRL = {
     "NSPO2DPOConfig": "training.options",
     "NSPO2DPOTrainer": "training.dpo",
     "attach_nspo2": "training.attach",
+    "retain_adapter": "training.retain",
     "NSPO2GRPOConfig": "training.trainers",
     "NSPO2GRPOTrainer": "training.trainers",
     "NSPO2KTOConfig": "training.trainers",
@@ -56,6 +58,7 @@ __all__ = [
     "attach_nspo2",
     "create_nspo2_optimizer",
     "get_default_config",
+    "retain_adapter",
 ]
 
 if not TYPE_CHECKING:  # who checks types shall see the names above, and no others

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nspo2_trl.config import OPTIONS
 from nspo2_trl.metrics import METRICS
+from nspo2_trl.retain_config import RETAIN_OPTIONS
 from nspo2_trl.rows import SAME
 from nspo2_trl.training.options import TRAINER_OPTIONS, NSPO2Arguments
 
@@ -35,6 +36,9 @@ def options() -> list[str]:
         if name not in TRAINER_OPTIONS:
             shown, words = f"`{name}`", f"(`NSPO2Config` only) {words}"
         rows.append(f"| {shown} | {default} | {meta['must_be']} | {words} |")
+    for name, row in RETAIN_OPTIONS.items():
+        meta = row.metadata
+        rows.append(f"| `nspo2_retain_{name}` | `{row.default}` | {meta['must_be']} | {meta['help']} |")
     return rows
 
 

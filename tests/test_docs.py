@@ -213,7 +213,9 @@ def test_commands_parse(page, monkeypatch):
                 if option in argv:
                     del argv[argv.index(option) : argv.index(option) + 2]
         else:
-            script = "nspo2_trl/cli/report.py" if words[0] == "nspo2" else words[1]
+            script = words[1]
+            if words[0] == "nspo2":
+                script = f"nspo2_trl/cli/{'retain' if words[1] == 'retain' else 'report'}.py"
             if words[0] == "nspo2" or words[0] == "python" and script.endswith(".py"):
                 text = Path(script).read_text()
                 text += Path("scripts/bench/convergence.py").read_text() * (script == "scripts/benchmark.py")

@@ -1,4 +1,4 @@
-"""The command `nspo2`: train, report, env."""
+"""The command `nspo2`: train, retain, report, env."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from pathlib import Path
 HELP = """usage: nspo2 COMMAND [options]
 
   nspo2 train --config RECIPE.yaml   train a LoRA adapter with DPO and NSPO2
+  nspo2 retain ADAPTER ...           project an adapter off what texts use that the model should go on knowing
   nspo2 report OUT [OUT2 ...]        one HTML page of plots of one run, or of several runs together
   nspo2 env                          versions, devices, what is supported here; paste it into a bug report
 
 `nspo2 COMMAND --help` says more, `nspo2 --version` which version this is."""
+
+
+COMMANDS = ["train", "retain", "report", "env"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,6 +40,10 @@ def run(argv: list[str] | None) -> None:
         print(version("nspo2_trl"))
     elif command == "train":
         train(rest)
+    elif command == "retain":
+        from .retain import main as retain
+
+        retain(rest)
     elif command == "report":
         from .report import main as report
 
@@ -45,9 +53,7 @@ def run(argv: list[str] | None) -> None:
     else:
         from .data import nearest
 
-        sys.exit(
-            f"error: there is no command `nspo2 {command}`.{nearest(command, ['train', 'report', 'env'])}\n\n{HELP}"
-        )
+        sys.exit(f"error: there is no command `nspo2 {command}`.{nearest(command, COMMANDS)}\n\n{HELP}")
 
 
 # ---- nspo2 train ----

@@ -5,17 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, IterableDataset
 from tqdm import tqdm
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
+from ..training.loading import load
 from ..training.options import NSPO2DPOConfig
 from ..training.refusals import check_preferences
 
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 HELD_OUT = 0.05  # share of the data that is held out where it has no test split
 ROWS_AT_ONCE = 1000
 
@@ -70,32 +68,6 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
     if args.process_index == 0:
         print(f"No split {test_name!r}: {len(halves['test'])} of {len(data[train_name])} rows are held out.")
     return halves["train"], halves["test"]
-
-
-def load(name: str, config: str | None, streaming: bool) -> DatasetDict:
-    """The splits of a dataset: hub id, local folder, or one file (its rows are the split `train`).
-
-    Raises:
-        ValueError, FileNotFoundError: there is no such dataset, it is empty, or a file of it cannot be read.
-    """
-    path = Path(name)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = load_from_disk(name)
-        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    options = {"path": name, "name": config, "streaming": streaming}
-    if path.is_file():
-        suffix = [s for s in path.suffixes if s in READERS]
-        if not suffix:
-            raise ValueError(f"`dataset_name` {name!r}: a file must end in .jsonl, .json, .parquet or .csv (or .gz).")
-        options |= {"path": READERS[suffix[-1]], "data_files": str(path)}
-    elif not path.is_dir() and (name.startswith((".", "/", "~")) or path.suffix in (*READERS, ".gz")):
-        raise FileNotFoundError(f"`dataset_name`: there is no file or folder {name!r}.")
-    try:
-        return load_dataset(**options)
-    except StopIteration as error:  # how datasets says that there is no row
-        raise ValueError(f"The dataset {name!r} is empty: DPO needs rows with `chosen` and `rejected`.") from error
-    except DatasetGenerationError as error:
-        raise ValueError(f"`dataset_name` {name!r} could not be read: {error.__cause__}.") from error
 
 
 def rename_columns(dataset: Dataset | IterableDataset, script_args: NSPO2ScriptArguments) -> Dataset | IterableDataset:

@@ -77,7 +77,6 @@ class NoiseProjection:
 
     @property
     def total(self) -> Total:
-        """Sums over the ranks that share the work."""
         return self.filters[0].total
 
     def holds(self, params: Iterable[torch.Tensor]) -> bool:
@@ -148,6 +147,9 @@ class NoiseProjection:
                 stack.grad.sub_(stack.before)
             self._filter(Stack.write_params)
         self._samples = []
+
+    def end(self) -> None:
+        """What was filtered is in the parameters."""
 
     def _filter(self, write: Callable[[Stack, torch.Tensor], None]) -> None:
         """Filter what is in each stack's `grad`, and have the stack `write` the result where it differs."""

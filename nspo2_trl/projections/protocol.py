@@ -38,6 +38,9 @@ class Projection(Protocol):
     def after_step(self) -> None:
         """The optimizer has stepped."""
 
+    def end(self) -> None:
+        """Training has ended, the adapter is about to be saved."""
+
     def metrics(self, batch_size: float) -> dict[str, float]:
         """Figures since the last call, by their names in `config.METRICS`; `batch_size` in examples per step."""
 

@@ -9,17 +9,25 @@ from transformers import Trainer
 
 from ..config import NSPO2Config
 from ..layout.adapters import lora_blocks
+from ..retain_config import RetainConfig
 from .mixin import NSPO2Mixin
 from .refusals import refuse_unsupported
+from .retain import Texts
 
 
-def attach_nspo2(trainer: Trainer, config: NSPO2Config | None = None) -> Trainer:
+def attach_nspo2(
+    trainer: Trainer,
+    config: NSPO2Config | None = None,
+    retain_dataset: Texts | None = None,
+    retain_config: RetainConfig | None = None,
+) -> Trainer:
     """Have a trainer that was made without NSPO2 filter its gradients; call it before `trainer.train()`.
 
     Parameters:
         trainer: any [`~transformers.Trainer`] whose model has a trainable LoRA adapter, such as those of TRL. The
             object stays the same; its class becomes a subclass with [`NSPO2Mixin`].
         config: what to do; left out, the defaults of the trainers, which are `NSPO2Config(strategy="keep")`.
+        retain_dataset: texts that the model is to keep handling as before. retain_config: what is done with them.
 
     Raises:
         ValueError: the trainer filters already, or the run cannot have NSPO2, see [`NSPO2Mixin`].
@@ -34,8 +42,10 @@ def attach_nspo2(trainer: Trainer, config: NSPO2Config | None = None) -> Trainer
     args.nspo2_enabled = True
     for name, value in asdict(config or NSPO2Config(strategy="keep")).items():
         setattr(args, f"nspo2_{name}", value)
+    for name, value in asdict(retain_config or RetainConfig()).items():
+        setattr(args, f"nspo2_retain_{name}", value)
     tags = {"_tag_names": [*getattr(kind, "_tag_names", []), "nspo2"]}
     trainer.__class__ = type(f"NSPO2{kind.__name__}", (NSPO2Mixin, kind), tags)
     assert isinstance(trainer, NSPO2Mixin)
-    trainer._nspo2_setup()
+    trainer._nspo2_setup(retain_dataset)
     return trainer

@@ -28,6 +28,8 @@ from .card import add_to_card
 from .deepspeed import unwrap_step, whole_params, wrap_step
 from .options import NSPO2Arguments, nspo2_options
 from .refusals import refuse_unsupported
+from .retain import Texts
+from .retain_mixin import RetainMixin
 from .samples import SampleCollector, sample_share
 from .saving import SavingMixin
 from .timing import StepTimer, Stopwatch
@@ -56,6 +58,7 @@ class _StepCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._nspo2_after_step()
+        self.trainer._nspo2_retain_micro = 0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         losses = {name: value for name, value in (metrics or {}).items() if name == "eval_loss"}
@@ -68,11 +71,12 @@ class _StepCallback(TrainerCallback):
             unwrap_step(self.trainer.deepspeed)
 
 
-class NSPO2Mixin(SavingMixin):
+class NSPO2Mixin(RetainMixin, SavingMixin):
     """What any TRL trainer needs to filter its gradients: stand it before the trainer among the bases of a class.
 
     The class sets `_nspo2_config_class`, a [`NSPO2Arguments`] that is the trainer's config too; `args` of that class
-    is built when left out.
+    is built when left out. `retain_dataset` is an argument besides the trainer's own: texts that the model is to keep
+    handling as before, in the place of `nspo2_retain_dataset`.
 
     Raises:
         TypeError: `args` is a plain TRL config, which cannot say how to filter.
@@ -88,7 +92,7 @@ class NSPO2Mixin(SavingMixin):
     nspo2: NoiseProjection | Any  # None where NSPO2 is off
     _nspo2_config_class: type[NSPO2Arguments]
 
-    def _nspo2_init(self, *args: Any, **kwargs: Any) -> None:
+    def _nspo2_init(self, *args: Any, retain_dataset: Texts | None = None, **kwargs: Any) -> None:
         inits = (inspect.signature(vars(kind)["__init__"]) for kind in type(self).__mro__ if "__init__" in vars(kind))
         signature = next(found for found in inits if "model" in found.parameters)  # others hand on what they get
         given = dict(signature.bind(self, *args, **kwargs).arguments)
@@ -107,7 +111,7 @@ class NSPO2Mixin(SavingMixin):
         super().__init__(**given)
         if self.args.nspo2_enabled:
             refuse_unsupported(self.accelerator)
-        self._nspo2_setup()
+        self._nspo2_setup(retain_dataset)
 
     if not TYPE_CHECKING:  # type checkers shall see the arguments of the trainer itself
         __init__ = _nspo2_init
@@ -118,8 +122,9 @@ class NSPO2Mixin(SavingMixin):
         if given["args"].nspo2_enabled and given.get("peft_config") is None:
             lora_blocks(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
 
-    def _nspo2_setup(self) -> None:
+    def _nspo2_setup(self, retain_dataset: Texts | None = None) -> None:
         self.nspo2, self.nspo2_projections = None, []
+        self._nspo2_retain_setup(retain_dataset)
         self.nspo2_step_timer = StepTimer()
         self.add_callback(self.nspo2_step_timer)
         if not self.args.nspo2_enabled:
@@ -159,7 +164,7 @@ class NSPO2Mixin(SavingMixin):
             process_group=dist.group.WORLD if self.accelerator.num_processes > 1 or self.is_fsdp_enabled else None,
             share=sample_share(micro_batches * self.accelerator.num_processes),
         )
-        self.nspo2_projections = [self.nspo2]
+        self.nspo2_projections = [self.nspo2, *self._nspo2_retain_projections()]
         self.nspo2_samples = SampleCollector(self.nspo2, self.model, self.accelerator, micro_batches, self.nspo2_time)
 
     def _nspo2_before_step(self) -> None:
@@ -195,11 +200,17 @@ class NSPO2Mixin(SavingMixin):
             if self.nspo2 is not None:
                 for projection in self.nspo2_projections:
                     figures |= projection.metrics(batch)
+                figures |= self._nspo2_retain_figures(steps)
                 figures["overhead_ms"] = 1000 * self.nspo2_time.take() / steps
                 self.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
                 figures["sentinel_level"] = self.nspo2.sentinel.level
             logs = {**logs, **{f"nspo2/{name}": value for name, value in figures.items()}}
         super().log(logs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        self._nspo2_retain_end()
+        return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

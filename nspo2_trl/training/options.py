@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trl import DPOConfig
 
 from ..config import OPTIONS, check_options, refuse_removed
+from ..retain_config import RETAIN_OPTIONS, check_retain
 from ..rows import SAME
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ def nspo2_options(args: object) -> dict:
     return found
 
 
+def retain_options(args: object) -> dict:
+    """The options of [`RetainConfig`] that `args`, a trainer's config, has with the prefix `nspo2_retain_`."""
+    return {name: getattr(args, f"nspo2_retain_{name}", row.default) for name, row in RETAIN_OPTIONS.items()}
+
+
 def _fields() -> list[tuple]:
     """Each option as a field with the prefix, the trainers' default and a help text that argparse can format."""
     rows = []
@@ -39,6 +45,10 @@ def _fields() -> list[tuple]:
         for other in OPTIONS:
             words = words.replace(f"`{other}`", f"`nspo2_{other}`")
         rows.append((f"nspo2_{name}", kind, field(default=default, metadata={"help": words.replace("%", "%%")})))
+    for name, row in RETAIN_OPTIONS.items():
+        kind = str | None if name == "dataset" else TYPES[str(row.type)]
+        words = row.metadata["help"].replace("%", "%%")
+        rows.append((f"nspo2_retain_{name}", kind, field(default=row.default, metadata={"help": words})))
     return rows
 
 
@@ -53,6 +63,7 @@ class _Checked(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_options(nspo2_options(self), prefix="nspo2_")
+        check_retain(retain_options(self), prefix="nspo2_retain_")
         super().__post_init__()
 
 

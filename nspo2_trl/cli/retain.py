@@ -1,0 +1,222 @@
+"""`nspo2 retain`: an adapter, whoever trained it, projected off the directions that retained texts use.
+
+    nspo2 retain ADAPTER --retain_dataset TEXTS --dataset_name PAIRS --output_dir OUT
+
+Writes OUT: a plain PEFT adapter, retain.json with all that was measured, retain.png where there are pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
+
+from ..layout.roles import input_adapters, unprotected
+from ..projections.retain.measure import retention
+from ..projections.retain.pairs import pair_batches, preference, tokenize_pairs
+from ..projections.retain.project import FORMS, Point, put, starts
+from ..projections.retain.texts import Batch, check_texts, hold_out, refuse_same_texts
+from ..training.loading import load
+from ..training.refusals import check_preferences
+from ..training.retain import check_point, input_spaces, mean_leakage, retained_batches, retained_texts
+from .frontier import Entry, choose, draw, scaled_kl, show
+
+GIVEN = Point(0, 1.0)
+RANKS = [0, 1, 4, 12, 32]
+SCALES = [0.5, 0.75, 1.0, 1.2, 1.5]
+PAIRS = 256  # held-out pairs that are measured on
+KNOWN_PAIRS = 1000  # pairs of each split that retained texts are compared with
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nspo2 retain",
+        description="Project a LoRA adapter off the directions that its inputs have on texts the model should go on "
+        "reading as before. With preference pairs a grid of ranks and scales is measured, and the point with the "
+        "lowest KL is written whose held-out loss the options allow.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("adapter", help="Folder or hub id of a LoRA adapter.")
+    add("--retain_dataset", nargs="+", required=True, help="Texts to retain: hub ids, folders or files.")
+    add("--retain_eval_dataset", nargs="*", default=[], help="Texts that are measured on alone.")
+    add("--dataset_name", help="Preference pairs: hub id, folder or file; the split `test`, or else all rows.")
+    add("--output_dir", required=True, help="Where the projected adapter goes.")
+    add("--model_name_or_path", help="The base model, if not the one that the adapter names.")
+    add("--ranks", type=int, nargs="+", default=RANKS, help="Directions taken out of each input; 0 only scales.")
+    add("--scales", type=float, nargs="+", default=SCALES, help="Factors of what is left of the adapter.")
+    add("--form", choices=FORMS, default="hard", help="How directions are taken out.")
+    add("--point", nargs=2, metavar=("RANK", "SCALE"), help="Write this point instead of the one that is chosen.")
+    add("--max_loss_increase", type=float, default=0.02, help="Share by which the held-out loss may rise.")
+    add("--beta", type=float, default=0.1, help="DPO's beta, for loss and margin.")
+    add("--max_length", type=int, default=1024, help="Tokens of a pair.")
+    add("--retain_samples", type=int, default=256, help="Texts of each retained dataset.")
+    add("--retain_max_length", type=int, default=512, help="Tokens of each retained text.")
+    add("--dtype", default=None, help="Of the base model; float32 on a CPU, else its own.")
+    add("--load_in_4bit", action="store_true", help="The base model in 4 bits (QLoRA).")
+    parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
+    args = parser.parse_args(argv)
+    if args.point:
+        try:
+            args.point = Point(int(args.point[0]), float(args.point[1]), args.form)
+        except ValueError as error:
+            raise ValueError(f"`--point` takes a rank and a scale, such as 12 1.2, got {args.point}.") from error
+    grid = [Point(rank, scale, args.form) for rank in dict.fromkeys([0, *args.ranks]) for scale in args.scales]
+    if not args.dataset_name:
+        grid = [args.point or Point(form=args.form)]
+    elif args.point:
+        grid.append(args.point)
+    for point in grid:
+        check_point(point)
+    args.grid = list(dict.fromkeys([GIVEN, *(Point(p.rank, p.scale, p.form if p.rank else "hard") for p in grid)]))
+    if args.point and not args.point.rank:
+        args.point = Point(0, args.point.scale)
+    return args
+
+
+def refuse_adapter_in(output_dir: str) -> None:
+    """Raises `ValueError` where `output_dir` holds an adapter."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (Path(output_dir) / name).exists():
+            raise ValueError(f"`--output_dir` {output_dir!r} holds an adapter already: choose another folder.")
+
+
+def load_model(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
+    """The base with the adapter, the tokenizer, and what the base is called."""
+    try:
+        config = PeftConfig.from_pretrained(args.adapter)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no adapter {args.adapter!r}: give a folder with adapter_config.json, or a hub id ({error})."
+        ) from error
+    base = args.model_name_or_path or config.base_model_name_or_path
+    if not base:
+        raise ValueError("The adapter does not say what its base model is: set `--model_name_or_path`.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"dtype": args.dtype or ("float32" if device == "cpu" else "auto")}
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    else:
+        options["device_map"] = device if device == "cuda" else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, **options)
+        own = any((Path(args.adapter) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+        tokenizer = AutoTokenizer.from_pretrained(args.adapter if own else base)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The base model {base!r} could not be loaded: set `--model_name_or_path` ({error})."
+        ) from error
+    return PeftModel.from_pretrained(model, args.adapter), tokenizer, base
+
+
+def load_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[list, list[list[int]]]:
+    """Held-out pairs, and token ids of pairs of all splits to compare retained texts with."""
+    splits = load(args.dataset_name)
+    held = splits["test"] if "test" in splits else next(iter(splits.values()))
+    for name, rows in splits.items():
+        check_preferences(rows, f"{args.dataset_name}, split {name}")
+    some = [rows.select(range(min(KNOWN_PAIRS, len(rows)))) for rows in splits.values()]
+    known = [pair for rows in some for pair in tokenize_pairs(rows, tokenizer, args.max_length)]
+    held = held.shuffle(seed=0).select(range(PAIRS)) if len(held) > PAIRS else held
+    texts = [pair["prompt_ids"] + pair[name] for pair in known for name in ("chosen_ids", "rejected_ids")]
+    return tokenize_pairs(held, tokenizer, args.max_length), texts
+
+
+def retain(args: argparse.Namespace) -> dict[str, Any]:
+    """All that `retain.json` has, with the adapter written; see the module's docstring."""
+    refuse_adapter_in(args.output_dir)
+    model, tokenizer, base = load_model(args)
+    adapters = input_adapters(model, "default")
+    learned: list[list[int]] = []
+    measured: dict[str, list[Batch]] = {}
+    for option in ("retain_dataset", "retain_eval_dataset"):
+        for name in getattr(args, option):
+            texts = retained_texts(name, tokenizer, args.retain_samples, args.retain_max_length, option)
+            check_texts(texts, model, option=option)
+            held = texts
+            if option == "retain_dataset":
+                more, held = hold_out(texts)
+                learned += more
+            measured[label(name, measured)] = retained_batches(held, tokenizer)
+    names = list(measured)[: len(args.retain_dataset)]
+    rank = max(point.rank for point in args.grid)
+    tokens = check_texts(learned, model, rank)
+    pairs = None
+    if args.dataset_name:
+        held_pairs, known = load_pairs(args, tokenizer)
+        refuse_same_texts(learned, known)
+        pairs = pair_batches(held_pairs, tokenizer.pad_token_id or 0)
+    own = [batch for name in names for batch in measured[name]]
+    spaces = input_spaces(model, adapters, learned, own, tokenizer, rank, args.output_dir)
+    states = [partial(put, adapters, starts(adapters), spaces, point) for point in args.grid]
+    points: list[Entry] = [{"rank": p.rank, "scale": p.scale, "form": p.form, "retained": {}} for p in args.grid]
+    for name, held_batches in measured.items():
+        for entry, figures in zip(points, retention(model, held_batches, states)):
+            entry["retained"][name] = figures
+    if pairs:
+        for entry, figures in zip(points, preference(model, pairs, states, beta=args.beta)):
+            entry.update(figures)
+    if args.point or not pairs:
+        chosen = points[args.grid.index(args.point or args.grid[-1])]
+    else:
+        chosen = choose(points, names, args.max_loss_increase)
+    states[points.index(chosen)]()
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    result = {
+        **{"adapter": args.adapter, "base": base, "dataset_name": args.dataset_name, "beta": args.beta},
+        **{"retain_dataset": names, "retain_eval_dataset": list(measured)[len(names) :], "tokens": tokens},
+        "leakage": {rank: mean_leakage(spaces, rank) for rank in sorted({p.rank for p in args.grid})},
+        "unprotected": unprotected(model, "default"),
+        **{"chosen": chosen, "points": points},
+    }
+    if pairs:
+        result["scaled_kl"] = {name: scaled_kl(points, name, chosen["loss"]) for name in measured}
+    (Path(args.output_dir) / "retain.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def label(path: str, taken: dict) -> str:
+    """A short name of a dataset that nothing in `taken` has."""
+    name = Path(path).name.split(".")[0] or path
+    return name if name not in taken else f"{name} {len(taken) + 1}"
+
+
+def report(result: dict[str, Any], output_dir: str) -> None:
+    """Print what was measured and chosen, and draw it where there are pairs."""
+    points, chosen = result["points"], result["chosen"]
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    show(points, chosen, console)
+    for name, kl in result.get("scaled_kl", {}).items():
+        if kl and chosen["rank"]:
+            share = chosen["retained"][name]["kl"] / kl
+            console.print(f"{name}: {share:.0%} of the KL that the adapter has where it is only scaled to this loss.")
+    for kind, names in result["unprotected"].items():
+        console.print(f"Not protected, since no projection reaches them: {kind} ({len(names)} parameters).")
+    if "loss" in chosen:
+        try:
+            draw(points, chosen, Path(output_dir) / "retain.png")
+            console.print(f"Picture: {output_dir}/retain.png")
+        except ImportError:
+            console.print('No picture: it needs matplotlib (pip install -e ".[plot]").')
+    console.print(f"Figures: {output_dir}/retain.json")
+    console.print(f"Adapter: {output_dir} ({chosen['rank']} directions taken out, scale {chosen['scale']:g})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        report(retain(args), args.output_dir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,167 @@
+"""Retained texts while training runs: measures, the KL term, and the null space, in all trainers."""
+
+import pytest
+import torch
+from conftest import assert_same, figures, losses, trainable
+from retained import SHORT, sentences, tokenizer
+from trl import DPOTrainer
+
+LINEAR = {"target_modules": "all-linear"}
+QUIET = {"nspo2_retain_kl": 0, "nspo2_retain_project": "no"}
+EVAL = {"eval_strategy": "steps", "eval_steps": 4}
+
+
+def make(make_trainer, texts=None, trainer=None, **options):
+    given = {"retain_dataset": sentences() if texts is None else texts} | (trainer or {})
+    return make_trainer(lora=LINEAR, trainer=given, **options)
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_measured_alone_it_changes_nothing(make_trainer, pairs):
+    plain = make_trainer(DPOTrainer, lora=LINEAR)
+    plain.train()
+    measured = make(make_trainer, trainer={"eval_dataset": pairs.select(range(4))}, nspo2_enabled=False, **EVAL)
+    measured.train()
+    assert_same(trainable(plain), trainable(measured))
+    kl, loss = logged(measured, "eval_retain_kl"), logged(measured, "eval_retain_loss")
+    assert len(kl) == len(loss) == 2 and 0 < kl[0] < kl[1] and all(abs(value) < 1 for value in loss)
+
+
+def test_all_off_is_plain(make_trainer):
+    plain, off = make_trainer(DPOTrainer, lora=LINEAR), make(make_trainer, nspo2_projection_rank=0, **QUIET)
+    plain.train()
+    off.train()
+    assert_same(trainable(plain), trainable(off))
+    assert not figures(off, "retain_kl")
+
+
+def test_kl_term_keeps_the_model_closer(make_trainer):
+    found = {}
+    options = {
+        "nspo2_retain_project": "no",
+        "max_steps": 40,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 4,
+    }
+    for weight in (0, 1):
+        trainer = make(make_trainer, nspo2_retain_kl=weight, nspo2_retain_kl_samples=4, **options)
+        trainer.train()
+        found[weight] = trainer.nspo2_retained.measure()["kl"]
+    assert found[1] < 0.3 * found[0]
+    assert all(value > 0 for value in figures(trainer, "retain_kl")[1:]) and figures(trainer, "retain_ms")[0] > 0
+
+
+def test_kl_term_is_part_of_the_loss_and_of_the_gradient(make_trainer):
+    """One step by hand: the gradient of the trainer's loss is DPO's plus weight times that of the mean KL."""
+    grads = {}
+    for weight in (0.0, 3.0):
+        trainer = make(make_trainer, nspo2_retain_kl=weight, nspo2_retain_project="no", gradient_accumulation_steps=1)
+        trainer.model.train()
+        for name, param in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, std=0.05, generator=torch.Generator().manual_seed(0))
+        trainer.current_gradient_accumulation_steps = 1
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+        loss.backward()
+        grads[weight] = loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
+    retained, model = trainer.nspo2_retained, trainer.model
+    model.zero_grad()
+    ids = torch.tensor([retained._text(0)])
+    with model.disable_adapter(), torch.no_grad():
+        before = model(ids).logits.log_softmax(-1)
+    after = model(ids).logits.log_softmax(-1)
+    kl = (before.exp() * (before - after)).sum(-1).mean()
+    (3.0 * kl).backward()
+    torch.testing.assert_close(grads[3.0][0], grads[0.0][0] + 3.0 * kl.detach())
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            torch.testing.assert_close(grads[3.0][1][name], grads[0.0][1][name] + param.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_resumes_bit_identical_with_the_kl_term(make_trainer, tmp_path):
+    options = {"nspo2_retain_kl": 5, "save_strategy": "steps", "save_steps": 4}
+    whole = make(make_trainer, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    again = make(make_trainer, output_dir=str(tmp_path / "again"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+    assert losses(whole)[4:] == losses(again)[4:]
+    assert_same(trainable(whole), trainable(again))
+
+
+def logits(model, texts=SHORT):
+    with torch.no_grad():
+        return [model(torch.tensor([tokenizer()(text)["input_ids"]])).logits for text in texts]
+
+
+@pytest.mark.parametrize("project", ["after", "during"])
+def test_texts_that_span_less_than_the_rank_are_read_as_before(make_trainer, project):
+    options = {"nspo2_retain_project": project, "nspo2_retain_kl": 0, "weight_decay": 0.1, "nspo2_retain_rank": 20}
+    trainer = make(make_trainer, texts=SHORT * 6, **options)
+    before = logits(trainer.model.eval())
+    trainer.train()
+    for first, last in zip(before, logits(trainer.model.eval())):
+        torch.testing.assert_close(first, last, atol=1e-5, rtol=0)
+    others = zip(before, logits(trainer.model, ["Otto and Lena saw a bridge"]))
+    assert all((first[:, :4] - last[:, :4]).abs().max() > 1e-3 for first, last in others)
+
+
+def test_during_resumes_bit_identical(make_trainer, tmp_path):
+    options = {"nspo2_retain_project": "during", "save_strategy": "steps", "save_steps": 4}
+    whole = make(make_trainer, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    again = make(make_trainer, output_dir=str(tmp_path / "again"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+    assert_same(trainable(whole), trainable(again))
+
+
+def test_after_keeps_the_adapter_as_it_was_beside_it(make_trainer, tmp_path):
+    from safetensors.torch import load_file
+
+    plain = make(make_trainer, nspo2_retain_kl=0, nspo2_retain_project="no")
+    plain.train()
+    trainer = make(make_trainer, nspo2_retain_kl=0)
+    trainer.train()
+    trainer.save_model()
+    unprojected = load_file(tmp_path / "out/unprojected/adapter_model.safetensors")
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    for name, param in plain.model.named_parameters():
+        if param.requires_grad:
+            assert torch.equal(unprojected[name.replace(".default", "")], param.detach())
+    assert any(not torch.equal(written[name], unprojected[name]) for name in written if "lora_A" in name)
+    assert all(torch.equal(written[name], unprojected[name]) for name in written if "lora_B" in name)
+    before, after = figures(trainer, "retain_kl_unprojected")[-1], logged(trainer, "eval_retain_kl")[-1]
+    assert after < before and 0 < figures(trainer, "retain_leakage")[-1] < 1
+
+
+def test_a_trained_adapter_is_kept_as_it_was(make_trainer, tmp_path):
+    """Frozen is what the run started from, not the base below it."""
+    first = make_trainer(lora=LINEAR)
+    first.train()
+    second = make(make_trainer, model=first.model, nspo2_retain_project="no", nspo2_retain_kl=0)
+    assert second.nspo2_retained.measure()["kl"] == pytest.approx(0, abs=1e-7)
+    second.train()
+    assert second.nspo2_retained.measure()["kl"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    "texts, options, words",
+    [
+        ([""], {}, "`nspo2_retain_dataset` is empty"),
+        (["a"], {}, "no text is longer than the first 4 tokens"),
+        (sentences(200), {"nspo2_retain_rank": 200}, "would take all .* directions of an input away: set it to"),
+        (SHORT[:1], {"nspo2_retain_rank": 30}, "too few for `rank` 30"),
+        (sentences(), {"nspo2_retain_kl": -1}, "`nspo2_retain_kl` must be a number of at least 0"),
+    ],
+)
+def test_refused_before_training(make_trainer, texts, options, words):
+    with pytest.raises(ValueError, match=words):
+        make(make_trainer, texts=texts, **options)
+
+
+def test_the_pairs_own_texts_are_refused(make_trainer, pairs):
+    with pytest.raises(ValueError, match="texts of the preference pairs"):
+        make(make_trainer, texts=[row["prompt"] + row["chosen"] for row in pairs])
