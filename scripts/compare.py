@@ -3,14 +3,17 @@
     python scripts/compare.py                                             # a noisy quadratic, in seconds
     python scripts/compare.py --recipe recipes/quickstart/dpo.yaml [--any_field value]
 
-Writes comparison.png, comparison.html (one self-contained page) and comparison.json (seeds, settings, all figures)
-into `--output_dir` and prints a table. One learning rate for all methods: what is compared is what each does, not
-which one wins; for that, tune each one's rate on seeds of its own.
+Writes comparison.png, comparison.html (the page of `nspo2 report`, means over seeds) and comparison.json (seeds,
+settings, all figures) into `--output_dir` and prints a table. One learning rate for all methods: what is compared is
+what each does, not which one wins; for that, tune each one's rate on seeds of its own.
 """
 
 import argparse
+import json
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,15 +23,15 @@ from rich.table import Table
 from torch import nn
 
 from nspo2_trl import create_nspo2_optimizer, get_default_config
-from nspo2_trl.cli.comparison import Run, table, write_page
+from nspo2_trl.cli import runs
+from nspo2_trl.cli.panels import PANELS
+from nspo2_trl.cli.report import summary, write_page
 
 METHODS = ["plain", "noise", "keep", "hybrid"]
+SHOWN = ("loss", "accuracy", "variance_reduction", "bias", "rank")
 
 
-# ---- a noisy quadratic ----
-
-
-def quadratic(method: str, seed: int, steps: int, inside: bool, dim: int = 200, noisy: int = 4) -> Run:
+def quadratic(method: str, seed: int, steps: int, inside: bool, dim: int = 200, noisy: int = 4) -> runs.Run:
     """½‖w − w*‖² with the gradient noise mostly in a few directions; the optimum lies there too, or not at all."""
     torch.manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(dim, noisy)).Q
@@ -42,32 +45,26 @@ def quadratic(method: str, seed: int, steps: int, inside: bool, dim: int = 200, 
     config.sentinel = False  # it would change the strategies that are compared
     optimizer = create_nspo2_optimizer([weight], torch.optim.SGD, {"lr": 0.02}, config)
     optimizer.set_enabled(method != "plain")
-    run, start = Run(method, seed), time.perf_counter()
+    log, spectra, start = [], [], time.perf_counter()
     for step in range(1, steps + 1):
         noise = directions @ torch.randn(noisy) * 5 + 0.1 * torch.randn(dim)
         weight.grad = weight.detach() - optimum + noise
         optimizer.step()
         if step % 10 == 0:
-            distance = (weight.detach() - optimum).norm().item()
-            run.add("loss", step, distance**2 / 2)
-            run.add("distance", step, distance)
+            loss = (weight.detach() - optimum).square().sum().item() / 2
+            entry = {"step": step, "loss": loss, "nspo2/step_time": (time.perf_counter() - start) / step}
             if method != "plain":
-                metrics = optimizer.get_metrics()
-                for key, name in (("variance_reduction", "recent_variance_reduction"), ("bias", "bias")):
-                    if metrics[name] == metrics[name]:  # NaN before the first basis
-                        run.add(key, step, metrics[name])
-                run.add("rank", step, metrics["current_rank"])
-                if step % 50 == 0:
-                    run.spectrum.append((step, optimizer.nspo2.spectrum()))
-    run.seconds = time.perf_counter() - start
+                entry |= {f"nspo2/{name}": value for name, value in optimizer.nspo2.metrics().items()}
+            log += [entry, {"step": step, "eval_loss": loss}]
+            if method != "plain" and step % 50 == 0:
+                spectra.append((step, optimizer.nspo2.spectrum()))
+    run = runs.of(log, method)
+    run.spectra = spectra
     return run
 
 
-# ---- a recipe ----
-
-
-def recipe(method: str, seed: int, options: list[str], folder: Path) -> Run:
-    """One run of a recipe through the trainer, with the held-out figures where there are some."""
+def recipe(method: str, seed: int, options: list[str], folder: Path) -> runs.Run:
+    """One run of a recipe through the trainer."""
     from transformers import TrainerCallback
 
     from nspo2_trl.cli.train import build, parse
@@ -76,25 +73,17 @@ def recipe(method: str, seed: int, options: list[str], folder: Path) -> Run:
         def on_log(self, args, state, control, **kwargs):
             found = trainer.nspo2.spectrum() if trainer.nspo2 else []
             if any(found):
-                run.spectrum.append((state.global_step, found))
+                spectra.append((state.global_step, found))
 
     extra = ["--seed", str(seed), "--output_dir", str(folder / f"{method}-{seed}"), "--save_strategy", "no"]
     extra += ["--nspo2_enabled", "false"] if method == "plain" else ["--nspo2_strategy", method]
     parsed = parse([*options, *extra])
     parsed[1].eval_on_start = parsed[1].eval_strategy != "no"
-    run, trainer = Run(method, seed), build(*parsed)
+    spectra, trainer = [], build(*parsed)
     trainer.add_callback(Spectrum())
-    start = time.perf_counter()
     trainer.train()
-    run.seconds = time.perf_counter() - start
-    history = trainer.state.log_history
-    held_out = any("eval_loss" in entry for entry in history)
-    keys = {"eval_loss" if held_out else "loss": "loss", "eval_rewards/accuracies": "accuracy"}
-    keys |= {f"nspo2/{name}": name for name in ("variance_reduction", "bias", "rank")}
-    for entry in history:
-        for key, name in keys.items():
-            if key in entry and not (key == "eval_rewards/accuracies" and entry["step"] == 0):  # all ties
-                run.add(name, entry["step"], entry[key])
+    run = runs.of(trainer.state.log_history, method)
+    run.spectra = spectra
     return run
 
 
@@ -111,31 +100,40 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{options[0]} is no option without --recipe")
     if args.output_dir.is_file():
         parser.error(f"--output_dir {str(args.output_dir)!r} is a file: choose a folder, it will be made")
+    try:
+        from nspo2_trl.cli import plots
+    except ImportError:
+        sys.exit('error: the plots need matplotlib: pip install -e ".[plot]"')
     seeds = args.seeds or ([0] if args.recipe else list(range(5)))
     torch.set_num_threads(1)
-    runs = []
-    for seed, method in track([(s, m) for s in seeds for m in args.methods], "Comparing"):
+    found: dict[str, list[runs.Run]] = {method: [] for method in args.methods}
+    for seed, method in track([(seed, method) for seed in seeds for method in args.methods], "Comparing"):
         if args.recipe is None:
-            runs.append(quadratic(method, seed, args.steps, args.signal == "inside"))
+            found[method].append(quadratic(method, seed, args.steps, args.signal == "inside"))
         else:
-            runs.append(recipe(method, seed, ["--config", str(args.recipe), *options], args.output_dir))
+            recipe_options = ["--config", str(args.recipe), *options]
+            found[method].append(recipe(method, seed, recipe_options, args.output_dir))
     title = f"NSPO2 on {args.recipe or f'a noisy quadratic, signal {args.signal} the noisy directions'}"
-    settings = {"command": sys.argv if argv is None else argv, "seeds": seeds, "methods": args.methods}
-    settings |= (
-        {"steps": args.steps, "signal": args.signal}
-        if args.recipe is None
-        else {"options": options, "recipe": args.recipe.read_text()}
-    )
-    paths = write_page(runs, args.output_dir, title, settings)
-    header, rows = table(runs)
-    printed = Table(title=title)
-    for name in header:
-        printed.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
+    means = [runs.average(found[method], method, i) for i, method in enumerate(args.methods)]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    png, page, raw = (args.output_dir / f"comparison.{ending}" for ending in ("png", "html", "json"))
+    write_page(means, page, title)
+    shown = [p for p in PANELS if p.key in SHOWN and any(run.has(key) for run in means for key in p.lines)]
+    parts = [(panel.title, partial(plots.panel_on, panel=panel, runs=means)) for panel in shown]
+    if spectra := [run for run in means if run.spectra][-1:]:
+        parts.append((f"Eigenvalues of the noise ({spectra[0].name})", partial(plots.spectrum_on, runs=spectra)))
+    plots.picture(png, title, parts, means)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings |= {"seeds": seeds, "options": options, "recipe_text": args.recipe and args.recipe.read_text()}
+    each = [{"method": m, "seed": seed} | asdict(run) for m, of in found.items() for seed, run in zip(seeds, of)]
+    raw.write_text(json.dumps({"title": title, "settings": settings, "runs": each}, indent=1))
+    header, rows = summary(means)
+    columns = [column for column in zip(header, *rows) if set(column[1:]) != {"–"}]
+    printed = Table(*(column[0] for column in columns), title=title)
+    for row in zip(*(column[1:] for column in columns)):
         printed.add_row(*row)
     Console().print(printed)
-    for path in paths:
-        print(path)
+    print(png, page, raw, sep="\n")
 
 
 if __name__ == "__main__":

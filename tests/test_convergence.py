@@ -6,11 +6,9 @@ import math
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from test_lean import NSPO2, make
 
@@ -349,26 +347,7 @@ def test_the_command_finds_all_its_raw_files(monkeypatch):
 
 
 def test_every_method_has_words():
-    assert list(methods.METHODS) == list(methods.WORDS)
-
-
-def test_norm_matched_takes_adamws_direction_and_the_twins_length():
-    torch.manual_seed(0)
-    model, other = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
-    other.load_state_dict(model.state_dict())
-    args = SimpleNamespace(weight_decay=0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8)
-    make_adam = lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0)
-    trainer = SimpleNamespace(args=args, model=model, optimizer=make_adam(model))
-    step, plain = methods.norm_matched(trainer), make_adam(other)
-    raw = [torch.randn_like(p) for p in model.parameters()]
-    for p, q, grad in zip(model.parameters(), other.parameters(), raw):
-        p.grad, q.grad = grad.clone(), grad.clone()
-    model.weight.grad[:, 3:] = 0  # the filter takes away half of the weight: Adam moves 12 + 4 of 24 + 4 entries
-    before = [p.detach().clone() for p in model.parameters()]
-    step(raw)
-    plain.step()
-    for p, q, start in zip(model.parameters(), other.parameters(), before):
-        assert torch.allclose(p - start, (q - start) * math.sqrt(16 / 28), rtol=1e-3)
+    assert [name for name in methods.WORDS if name in methods.METHODS] == list(methods.METHODS)
 
 
 def test_random_directions_remove_what_their_number_says(tmp_path, monkeypatch):

@@ -27,10 +27,12 @@ def test_comparison_on_the_quadratic(tmp_path, capsys):
     assert "hybrid" in capsys.readouterr().out
     raw = json.loads((tmp_path / "comparison.json").read_text())
     assert raw["settings"]["seeds"] == [0, 1]
-    assert {run["name"] for run in raw["runs"]} == {"plain", "noise", "keep", "hybrid"}
-    assert all(run["spectrum"] for run in raw["runs"] if run["name"] != "plain")
+    assert {(run["name"], run["seed"]) for run in raw["runs"]} == {
+        (method, seed) for method in ("plain", "noise", "keep", "hybrid") for seed in (0, 1)
+    }
+    assert all(run["spectra"] for run in raw["runs"] if run["name"] != "plain")
     page = (tmp_path / "comparison.html").read_text()
-    assert "data:image/png;base64," in page and not re.search(r"(src|href)=.?https?:", page)  # self-contained
+    assert page.count("<figure") > 8 and not re.search(r"(src|href)=.?https?:", page)  # self-contained
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -45,8 +47,8 @@ def test_comparison_on_a_recipe(tmp_path, monkeypatch, capsys):
     options += ["--dataset_name", str(rows), "--methods", "plain", "keep", "--output_dir", str(tmp_path)]
     compare.main(["--recipe", "recipes/quickstart/dpo.yaml", *options])
     runs = {run["name"]: run for run in json.loads((tmp_path / "comparison.json").read_text())["runs"]}
-    assert [step for step, _ in runs["plain"]["series"]["loss"]] == [0, 3, 6]
-    assert "variance_reduction" in runs["keep"]["series"] and "rank" not in runs["plain"]["series"]
+    assert [entry["step"] for entry in runs["plain"]["evals"]] == [0, 3, 6]
+    assert "nspo2/variance_reduction" in runs["keep"]["train"][-1] and "nspo2/rank" not in runs["plain"]["train"][-1]
 
 
 def test_comparison_refuses_options_without_a_recipe(tmp_path, capsys):

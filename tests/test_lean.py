@@ -5,11 +5,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, losses, trainable
-from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from bench import lean
-from bench.packed import Packed, PackedLlama
 
 from nspo2_trl.cli.train import build, parse
 
@@ -35,34 +33,19 @@ def distance(first: dict, second: dict) -> float:
     return float((apart / sum(value.square().sum() for value in second.values())).sqrt())
 
 
-def test_log_probs_and_gradients(tmp_path):
+def test_log_probs(tmp_path):
     trainer = make(tmp_path, nspo2_enabled=False)
-    llama = PackedLlama(trainer.model)
-    for factor in llama.factors:
-        torch.nn.init.normal_(factor, std=0.1)
-    rows = [trainer.train_dataset[i] for i in range(8)]
-    batch = trainer.data_collator(rows)
+    for param in trainable(trainer).values():
+        torch.nn.init.normal_(param, std=0.1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    theirs = trainer.model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(1).view(2, -1)
-    packed = Packed(lean.pairs_of(trainer.train_dataset.select(range(8)), 128), 4)
-    sinks = {id(factor): [torch.zeros_like(factor) for _ in range(4)] for factor in llama.factors}
-    ours = llama.log_probs(packed, sinks)
-    assert torch.allclose(ours, theirs, rtol=1e-5)
+    rows = lean.answers_of(lean.pairs_of(trainer.train_dataset.select(range(8)), 128))
     with torch.no_grad():
-        reference = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch))
-        assert torch.allclose(llama.log_probs(packed, adapted=False), reference, rtol=1e-5)
-    weights = torch.randn(2, 8)
-    found = torch.autograd.grad((ours * weights).sum(), llama.factors)
-    wanted = torch.autograd.grad((theirs * weights).sum(), llama.factors)
-    for factor, part, their in zip(llama.factors, found, wanted):
-        assert torch.allclose(part, their, rtol=1e-3, atol=1e-4 * float(their.abs().max()))
-        assert torch.allclose(sum(sinks[id(factor)]), their, rtol=1e-3, atol=1e-4 * float(their.abs().max()))
-    # a micro-batch's gradient is that of its pairs alone
-    theirs = llama.log_probs(packed)
-    theirs[:, [0, 1, 4, 5, 6, 7]] = 0
-    for factor, part in zip(llama.factors, torch.autograd.grad((theirs * weights).sum(), llama.factors)):
-        assert torch.allclose(sinks[id(factor)][1], part, rtol=1e-3, atol=1e-4 * float(part.abs().max()))
+        theirs = trainer.model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(1)
+        reference = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    assert torch.allclose(lean.scored(trainer, rows), theirs, rtol=1e-5)
+    assert torch.allclose(lean.scored(trainer, rows, adapted=False), reference, rtol=1e-5)
 
 
 NSPO2 = {"nspo2_update_freq": 2, "nspo2_projection_rank": 8}
@@ -106,7 +89,7 @@ def test_evaluation_equals_the_trainers(tmp_path):
     assert torch.equal(again.train_reference, data.train_reference)  # from the file
 
 
-def test_another_epoch_and_other_models(tmp_path):
+def test_another_epoch(tmp_path):
     trainer = make(tmp_path, nspo2_enabled=False)
     trainer.train_dataset = trainer.train_dataset.select(range(32))
     steps = lean.order(trainer, 5)  # two of them are an epoch
@@ -116,7 +99,3 @@ def test_another_epoch_and_other_models(tmp_path):
     trainer.train_dataset = trainer.train_dataset.select(range(30))
     with pytest.raises(ValueError, match="30 pairs are neither enough for 5 batches of 16"):
         lean.order(trainer, 5)
-    with pytest.raises(ValueError, match="without biases"):
-        PackedLlama(make(tmp_path, lora_dropout=0.1).model)
-    with pytest.raises(ValueError, match="all linear layers"):
-        PackedLlama(get_peft_model(trainer.model.unload(), LoraConfig(target_modules=["q_proj"])))

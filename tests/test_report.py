@@ -138,7 +138,7 @@ def test_a_real_run(make_trainer, tmp_path, pairs):
     assert {*TIMED, "variance_reduction", "bias", "rank", "alpha", "skipped_steps", "overhead_ms"} <= panels(
         page
     ).keys()
-    assert "in checkpoints, the later the stronger. out: 4, 8." in visible(page)
+    assert "Mean over adapters, the later the stronger. out: 4, 8." in visible(page)
     run = read(out, "out")
     assert run.steps == 8 and [step for step, _ in run.spectra] == [4, 8]
     assert run.spectra[-1][1][:4] == pytest.approx(trainer.nspo2.spectrum()[:4], rel=0.2)  # there with shrinkage

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .comparison import PAGE_STYLE
 from .panels import PANELS
 from .runs import Run, labels, read, unit_of
 
@@ -29,9 +28,12 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <link rel="icon" href="data:,"><title>{title}</title>
 <style>
-{style}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+td, th {{ text-align: right; border-bottom: 1px solid #8886; }}
+td:first-child, th:first-child {{ text-align: left; }}
 :root {{ color-scheme: light dark; --page: #fff; {light} }}
-@media (prefers-color-scheme: dark) {{ :root {{ --page: #16181d; {dark} }} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #16181d; {dark} }} body {{ color: #e4e6ea; }} }}
 body {{ max-width: 1000px; background: var(--page); overflow-wrap: anywhere; }}
 h1 {{ line-height: 1.2; }}
 .wide {{ overflow-x: auto; }}
@@ -63,7 +65,8 @@ svg text {{ font-family: system-ui, sans-serif !important; }}
 of a step's time are means over the log. Times of runs on a machine that did other things too do not compare.</p>
 {legend}
 <h2>Learning</h2>
-<p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.</p>
+<p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.
+Bands are one standard error to each side.</p>
 <div class="panels">{learning}</div>
 {filtering}
 <h2>Notes</h2>
@@ -72,8 +75,8 @@ of a step's time are means over the log. Times of runs on a machine that did oth
 """
 
 
-def write_page(runs: Sequence[Run], path: Path) -> None:
-    """Draw `runs` into one page.
+def write_page(runs: Sequence[Run], path: Path, title: str = "") -> None:
+    """Draw `runs` into one page; its `title` names them if left out.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -88,17 +91,17 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
         place = learning if panel.by_time else filtering
         for by_time in [False, True][: 1 + panel.by_time]:
             svg = plots.draw(panel, runs, by_time)
-            title = f"{panel.title}, against time" if by_time else panel.title
+            name = f"{panel.title}, against time" if by_time else panel.title
             if svg is None:
-                missing.append(title)
+                missing.append(name)
             else:
-                place.append(_figure(f"{panel.key}{'-time' * by_time}", title, svg, "" if by_time else panel.caption))
+                place.append(_figure(f"{panel.key}{'-time' * by_time}", name, svg, "" if by_time else panel.caption))
     svg = plots.draw_spectrum(runs)
     if svg is None:
         missing.append("Eigenvalues of the noise")
     else:
         steps = "; ".join(f"{run.name}: {', '.join(str(s) for s, _ in run.spectra)}" for run in runs if run.spectra)
-        caption = f"Mean over adapters, in checkpoints, the later the stronger. {steps}."
+        caption = f"Mean over adapters, the later the stronger. {steps}."
         filtering.append(_figure("spectrum", "Eigenvalues of the noise", svg, caption))
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     if any(run.clock for run in runs):
@@ -109,8 +112,7 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
     legend = "".join(_named(run, plots.swatch(run.index)) for run in runs)
     page = PAGE.format(
         own=OWN,
-        title=html.escape("NSPO2 report: " + ", ".join(run.name for run in runs)),
-        style=PAGE_STYLE,
+        title=html.escape(title or "NSPO2 report: " + ", ".join(run.name for run in runs)),
         light=" ".join(f"--run-{i}: {light};" for i, (light, _) in enumerate(plots.COLORS)),
         dark=" ".join(f"--run-{i}: {dark};" for i, (_, dark) in enumerate(plots.COLORS)),
         table=_table(runs),
@@ -132,8 +134,8 @@ def _figure(key: str, title: str, svg: str, caption: str) -> str:
     return f'<figure id="{key}"><h3>{html.escape(title)}</h3>{svg}{below}</figure>'
 
 
-def _table(runs: Sequence[Run]) -> str:
-    """What was measured, a row a run; – where it was not."""
+def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what was measured, a row per run; – where it was not."""
     header = ["run", "steps", "training time", "loss", "accuracy", "margins", "at step"]
     header += ["noise removed", "NSPO2's share of time", "skipped steps"]
     rows = []
@@ -149,10 +151,15 @@ def _table(runs: Sequence[Run]) -> str:
             f"{run.mean('overhead_share'):.1%}",
             f"{run.last('nspo2/skipped_steps'):g}",
         ]
-        cells = [run.name, *("–" if figure.startswith("nan") else figure for figure in figures)]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+        rows.append([run.name, *("–" if figure.startswith("nan") else figure for figure in figures)])
+    return header, rows
+
+
+def _table(runs: Sequence[Run]) -> str:
+    header, rows = summary(runs)
     head = "".join(f"<th>{name}</th>" for name in header)
-    table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    table = f"<table><tr>{head}</tr>{''.join(f'<tr>{cells}</tr>' for cells in lines)}</table>"
     return f'<div class="wide" role="region" aria-label="Runs" tabindex="0">{table}</div>'
 
 

@@ -6,10 +6,11 @@ import json
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from statistics import stdev
 from typing import Any
 
 from ..training.checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, checkpoints
@@ -27,7 +28,7 @@ class Run:
         steps: of training done.
         train: log entries of training. evals: of evaluations.
         clock: (step, seconds of training up to it), from (0, 0) on; empty where that was not logged.
-        spectra: (step, eigenvalues as shares of the noise) in some of its checkpoints.
+        spectra: (step, eigenvalues as shares of the noise) at some of its steps, as in its checkpoints.
         notes: sentences on what is missing.
     """
 
@@ -93,17 +94,9 @@ def read(path: Path, name: str, index: int = 0) -> Run:
             f"{str(file)!r} is no whole trainer_state.json ({type(error).__name__}: {error}): give the one in a "
             "checkpoint-* folder of the run."
         ) from None
-    train = [entry for entry in entries if "loss" in entry]
-    evals = [entry for entry in entries if "eval_loss" in entry]
-    if not train and not evals:
+    run = of(entries, name, index, number(state.get("global_step")))
+    if not run.train and not run.evals:
         raise ValueError(f"{str(file)!r} has no loss in its log: log more often (`logging_steps`), or train longer.")
-    steps = max(entry["step"] for entry in [*train, *evals])
-    run = Run(name, index, max(steps, number(state.get("global_step"))), train, evals)
-    bad = [(e["step"], k) for e in entries for k, v in e.items() if isinstance(v, float) and not math.isfinite(v)]
-    if bad:
-        step, key = bad[0]
-        run.notes.append(f"NaN or infinite and left out: {len(bad)} logged values, the first {key} at step {step:g}.")
-    _add_times(run)
     inside = file.parent.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
     found = checkpoints(file.parent.parent if inside else file.parent)
     _add_spectra(run, [(step, folder / NSPO2_STATE_NAME) for step, folder in found if step <= run.steps])
@@ -111,6 +104,37 @@ def read(path: Path, name: str, index: int = 0) -> Run:
         run.notes.append(
             f"{found[-1][1].name} goes further than the log drawn here: give its {TRAINER_STATE_NAME} to see it."
         )
+    return run
+
+
+def of(entries: Sequence[dict], name: str, index: int = 0, steps: float = 0) -> Run:
+    """The run of a log: what is in it, of at least `steps` steps."""
+    run = Run(name, index, steps, [e for e in entries if "loss" in e], [e for e in entries if "eval_loss" in e])
+    run.steps = max([*(entry["step"] for entry in [*run.train, *run.evals]), steps])
+    bad = [(e["step"], k) for e in entries for k, v in e.items() if isinstance(v, float) and not math.isfinite(v)]
+    if bad:
+        step, key = bad[0]
+        run.notes.append(f"NaN or infinite and left out: {len(bad)} logged values, the first {key} at step {step:g}.")
+    _add_times(run)
+    return run
+
+
+def average(runs: Sequence[Run], name: str, index: int = 0) -> Run:
+    """Means over runs that logged at the same steps, such as seeds, and as KEY_se their standard errors."""
+
+    def means(logs: Iterable[list[dict]]) -> Iterator[dict]:
+        for entries in zip(*logs):
+            found = {"step": entries[0]["step"]}
+            for key in set.intersection(*map(set, entries)) - {"step"}:
+                values = [number(entry[key]) for entry in entries]
+                found[key] = sum(values) / len(values)
+                if len(values) > 1 and math.isfinite(found[key]):
+                    found[f"{key}_se"] = stdev(values) / math.sqrt(len(values))
+            yield found
+
+    entries = [*means(run.train for run in runs), *means(run.evals for run in runs)]
+    run = of(entries, name, index, max(run.steps for run in runs))
+    run.spectra = runs[0].spectra
     return run
 
 

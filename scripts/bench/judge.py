@@ -15,7 +15,6 @@ from peft import PeftModel
 from nspo2_trl import NSPO2DPOTrainer
 
 from . import ROOT, lean
-from .packed import PackedLlama, Pair
 
 HAPPY = frozenset(
     """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
@@ -66,8 +65,8 @@ def merged(model: PeftModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, adapted: bool) -> list[Pair]:
-    """Continuations of `prompts` at temperature 1, as the chosen answers of pairs.
+def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, adapted: bool) -> list[tuple]:
+    """Each of `prompts` with a continuation at temperature 1.
 
     They end with the model's end mark, or after `longest` tokens. Without `adapted` the reference writes them.
     """
@@ -81,7 +80,7 @@ def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, adapt
     with merged(model) if adapted else model.disable_adapter():
         found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **how)[:, width:].tolist()
     cut = [row[: row.index(end) + 1] if end in row else row for row in found]
-    return [Pair(prompt, answer, []) for prompt, answer in zip(prompts, cut)]
+    return list(zip(prompts, cut))
 
 
 def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> dict:
@@ -90,14 +89,14 @@ def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> 
     `kl` is KL(p|q), the mean of log p - log q over the model's samples. `forgotten` is KL(q|p), the mean of
     log q - log p over the reference's: how unlikely what it used to write has become. The quick start has [`skills`].
     """
-    llama, score = PackedLlama(trainer.model), gold_score(task)
+    score = gold_score(task)
     prompts = [pair.prompt for pair in data.held_out[:number]]
     longest = max(len(answer) for pair in data.train + data.held_out for answer in (pair.chosen, pair.rejected))
     drawn, known = (draw(trainer, prompts, longest, adapted) for adapted in (True, False))
-    own, old = (lean.log_probs(llama, pairs) - lean.log_probs(llama, pairs, False) for pairs in (drawn, known))
+    own, old = (lean.scored(trainer, rows) - lean.scored(trainer, rows, adapted=False) for rows in (drawn, known))
     texts, before, beginnings = (
         trainer.processing_class.batch_decode(part, skip_special_tokens=True)
-        for part in ([pair.chosen for pair in drawn], [pair.chosen for pair in known], prompts)
+        for part in ([answer for _, answer in drawn], [answer for _, answer in known], prompts)
     )
     scores = torch.tensor([float(score(text)) for text in texts])
     end = trainer.processing_class.eos_token_id
@@ -106,8 +105,8 @@ def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> 
         able = {"skills": skills(beginnings, texts), "skills_before": skills(beginnings, before)}
     return able | {
         "gold": scores.mean().item(),
-        "kl": own[0].mean().item(),
-        "forgotten": -old[0].mean().item(),
-        "tokens": sum(len(pair.chosen) for pair in drawn) / len(drawn),
-        "finished": sum(pair.chosen[-1] == end for pair in drawn) / len(drawn),
+        "kl": own.mean().item(),
+        "forgotten": -old.mean().item(),
+        "tokens": sum(len(answer) for _, answer in drawn) / len(drawn),
+        "finished": sum(answer[-1] == end for _, answer in drawn) / len(drawn),
     }

@@ -1,9 +1,9 @@
-"""`trainer.train()` for tiny models on one CPU core, in a third of the time or less, and the same to rounding.
+"""`trainer.train()` for tiny models on one CPU core, without what a comparison of methods does not need.
 
-The trainer is built as ever: its model, LoRA, tokenised pairs, order of the data, optimizer, schedule and NSPO2 engine
-are the ones used. Replaced are the loop around them and the model's forward and backward pass ([`packed`]), the
-reference model's log-probabilities are computed once for all runs, and nothing is logged but what a run is judged by.
-tests/test_lean.py holds it against the trainer.
+The trainer is built as ever: model, LoRA, tokenised pairs, order of the data, optimizer, schedule, samples and NSPO2
+are its own. Replaced are the loop and the loss: the reference model's log-probabilities are computed once for all
+runs, logits exist for the answers alone, and nothing is logged but what a run is judged by. tests/test_lean.py holds
+it against the trainer.
 """
 
 from __future__ import annotations
@@ -11,23 +11,30 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from nspo2_trl import NSPO2DPOTrainer
-from nspo2_trl.engine.finite import any_bad
-from nspo2_trl.projections.protocol import Step
 
-from .packed import Packed, PackedLlama, Pair
+LOOKS = 20  # per run
+AT_ONCE = 32  # answers where nothing is trained: as many as the processor's cache likes
 
-LOOKS = 20  # a run
-PAIRS_AT_ONCE = 16  # where nothing is trained: as many as the processor's cache likes
+
+class Pair(NamedTuple):
+    """Token ids, cut to the trainer's `max_length`."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
 
 
 @dataclass
@@ -41,7 +48,7 @@ class Data:
 
 
 @dataclass
-class Run:
+class Found:
     """What a run showed: losses of its steps, figures at each evaluation, CPU seconds of the steps alone."""
 
     losses: list[float] = field(default_factory=list)
@@ -58,14 +65,33 @@ def pairs_of(dataset: Dataset, max_length: int | None) -> list[Pair]:
     return [Pair(p, c[: room(p)], r[: room(p)]) for p, c, r in zip(*columns)]
 
 
+def answers_of(pairs: list[Pair]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer, of all chosen answers and then of all rejected ones."""
+    return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+
+
+def log_probs(trainer: NSPO2DPOTrainer, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """(rows,) log-probabilities of answers after their prompts, with the model's own forward pass."""
+    ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in rows], batch_first=True)
+    sizes = torch.tensor([[len(prompt), len(answer)] for prompt, answer in rows])
+    places = torch.arange(ids.shape[1])
+    answers = (places >= sizes[:, :1]) & (places < sizes.sum(1, keepdim=True))
+    model = trainer.model.get_base_model()  # the adapters are in it
+    hidden = model.base_model(ids, attention_mask=(places < sizes.sum(1, keepdim=True)).long()).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[:, :-1][answers[:, 1:]])
+    found = -F.cross_entropy(logits, ids[answers], reduction="none")
+    return found.new_zeros(len(rows)).index_add(0, torch.nonzero(answers)[:, 0], found)
+
+
 @torch.no_grad()
-def log_probs(llama: PackedLlama, pairs: list[Pair], adapted: bool = True) -> torch.Tensor:
-    """(2, pairs) log-probabilities of the answers."""
-    by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i]))
-    found = torch.empty(2, len(pairs))
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        part = by_length[start : start + PAIRS_AT_ONCE]
-        found[:, part] = llama.log_probs(Packed([pairs[i] for i in part]), adapted=adapted)
+def scored(trainer: NSPO2DPOTrainer, rows: list[tuple[list[int], list[int]]], adapted: bool = True) -> torch.Tensor:
+    """[`log_probs`] of many rows, or those of the reference model, without gradients."""
+    by_length = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    found = torch.empty(len(rows))
+    with nullcontext() if adapted else trainer.model.disable_adapter():
+        for start in range(0, len(rows), AT_ONCE):
+            part = by_length[start : start + AT_ONCE]
+            found[part] = log_probs(trainer, [rows[i] for i in part])
     return found
 
 
@@ -93,10 +119,10 @@ def _reference(trainer: NSPO2DPOTrainer, pairs: list[Pair], name, cache: Path) -
     name.update(repr(pairs).encode())
     path = cache / f"{name.hexdigest()[:20]}.pt"
     if not path.exists():
-        found = log_probs(PackedLlama(trainer.model), pairs, adapted=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, path.with_suffix(f".{os.getpid()}"))
-        path.with_suffix(f".{os.getpid()}").rename(path)
+        part = path.with_suffix(f".{os.getpid()}")
+        torch.save(scored(trainer, answers_of(pairs), adapted=False).view(2, -1), part)
+        part.rename(path)
     return torch.load(path)
 
 
@@ -107,14 +133,15 @@ def order(trainer: NSPO2DPOTrainer, steps: int) -> list[list[list[int]]]:
         ValueError: the run ends an epoch with a batch that is not full, which this loop does not know.
     """
     args, pairs = trainer.args, len(trainer.train_dataset)
-    batch = args.train_batch_size * args.gradient_accumulation_steps
+    each = args.gradient_accumulation_steps
+    batch = args.train_batch_size * each
     if steps * batch > pairs and pairs % batch:
         raise ValueError(f"{pairs} pairs are neither enough for {steps} batches of {batch} nor a multiple of {batch}.")
     kept = trainer.train_dataset, trainer.data_collator, trainer._signature_columns
-    trainer.train_dataset = Dataset.from_dict({"index": range(len(trainer.train_dataset))})
+    trainer.train_dataset = Dataset.from_dict({"index": range(pairs)})
     trainer.data_collator = lambda rows: {"index": torch.tensor([row["index"] for row in rows])}
     trainer._signature_columns = ["index"]
-    loader, each, found = trainer.get_train_dataloader(), trainer.args.gradient_accumulation_steps, []
+    loader, found = trainer.get_train_dataloader(), []
     trainer.train_dataset, trainer.data_collator, trainer._signature_columns = kept
     for epoch in count():
         if hasattr(loader, "set_epoch"):
@@ -125,12 +152,43 @@ def order(trainer: NSPO2DPOTrainer, steps: int) -> list[list[list[int]]]:
             return found[:steps]
 
 
-def evaluate(llama: PackedLlama, data: Data, beta: float) -> dict[str, float]:
+def margins(trainer: NSPO2DPOTrainer, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """(pairs,) rewards of the chosen answers less those of the rejected; both arguments are as [`answers_of`]."""
+    chosen, rejected = policy.view(2, -1) - reference
+    return trainer.args.beta * (chosen - rejected)
+
+
+def backward(trainer: NSPO2DPOTrainer, data: Data, rows: list[int], share: float = 1.0) -> float:
+    """DPO's loss of a micro-batch, times `share`; its gradient is added."""
+    policy = log_probs(trainer, answers_of([data.train[row] for row in rows]))
+    loss = -F.logsigmoid(margins(trainer, policy, data.train_reference[:, rows])).mean() * share
+    loss.backward()
+    return loss.item()
+
+
+def take_step(trainer: NSPO2DPOTrainer, micro_batches: Iterable[Callable[[], object]]) -> list:
+    """One optimizer step, in Trainer's order; returns what the micro-batches' forward and backward passes gave."""
+    found: list = []
+    for passes in micro_batches:
+        if trainer.nspo2 and found:
+            trainer.nspo2_samples.next_micro_batch()
+        found.append(passes())
+    if trainer.args.max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    if trainer.nspo2:
+        trainer._nspo2_before_step()
+    trainer.optimizer.step()
+    if trainer.nspo2:
+        trainer._nspo2_after_step()
+    trainer.optimizer.zero_grad()
+    return found
+
+
+def evaluate(trainer: NSPO2DPOTrainer, data: Data) -> dict[str, float]:
     """Held-out loss, accuracy (ties count as wrong) and margin, means over pairs."""
-    ratios = log_probs(llama, data.held_out) - data.held_out_reference
-    margins = beta * (ratios[0] - ratios[1])
-    found = {"loss": -F.logsigmoid(margins), "accuracy": (margins > 0).float(), "margin": margins}
-    return {name: value.mean().item() for name, value in found.items()}
+    found = margins(trainer, scored(trainer, answers_of(data.held_out)), data.held_out_reference)
+    figures = {"loss": -F.logsigmoid(found), "accuracy": (found > 0).float(), "margin": found}
+    return {name: value.mean().item() for name, value in figures.items()}
 
 
 def train(
@@ -138,81 +196,37 @@ def train(
     data: Data,
     looks: int = LOOKS,
     stride: int = 1,
-    prepare: Callable[[NSPO2DPOTrainer], Callable[[list[torch.Tensor]], None] | None] | None = None,
-) -> Run:
+    prepare: Callable[[NSPO2DPOTrainer], object] | None = None,
+) -> Found:
     """Train as `trainer.train()` would that logs at `looks` points of the run and evaluates at each `stride`-th.
 
     Args:
-        prepare: called when optimizer and schedule are there; may replace them, and returns what is called for the
-            optimizer's step (with the gradients before the filter as its argument).
+        prepare: called when optimizer and schedule are there.
     """
-    args, steps = trainer.args, trainer.args.max_steps
+    args, noise, run = trainer.args, trainer.nspo2, Found()
+    steps = trainer.state.max_steps = args.max_steps
     batches = order(trainer, steps)
     trainer.create_optimizer_and_scheduler(steps)
-    step_of = prepare(trainer) if prepare else None
-    optimizer, scheduler, noise = trainer.optimizer, trainer.lr_scheduler, trainer.nspo2
-    llama, run = PackedLlama(trainer.model), Run()
-    params = [p for p in trainer.model.parameters() if p.requires_grad]
-    each = args.gradient_accumulation_steps
-    samples = [stack.buffer(each) for stack in noise.stacks] if noise else []
-    sinks = {
-        id(place.param): [views[i] for views in per_sample]
-        for stack, buffer in zip(noise.stacks if noise else [], samples)
-        for per_sample in [[stack.views_of(part) for part in buffer]]
-        for i, place in enumerate(stack.places)
-    }
+    if prepare:
+        prepare(trainer)
+    if noise:
+        trainer.nspo2_samples.attach()
+    trainer.model.train()
+    share = 1 / args.gradient_accumulation_steps
     stops = {round(steps * i / looks): i % stride == 0 for i in range(1, looks + 1)}
-    if hasattr(optimizer, "train"):  # schedule-free: it trains at another point than it is evaluated at
-        optimizer.train()
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches, 1):
         start = time.process_time()
-        rows = [row for micro_batch in batch for row in micro_batch]
-        packed = Packed([data.train[row] for row in rows], each)
-        policy = llama.log_probs(packed, sinks if noise and noise.learns else None)
-        ratios = policy - data.train_reference[:, rows]
-        loss = -F.logsigmoid(args.beta * (ratios[0] - ratios[1])).mean()
-        loss.backward()
-        if args.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-        raw = [p.grad.clone() for p in params] if step_of else None
-        if noise:  # the samples are of the mean over all micro-batches: times `each`, their mean is the gradient
-            noise.read_grads()
-            learned = [buffer.mul_(each) for buffer in samples] if noise.learns else []
-            fine = noise.before_step(Step(learned, progress=step / steps))
-            if not fine and args.nspo2_projection_rank > 0 and any_bad(p.grad for p in params):
-                optimizer.zero_grad()  # as the trainer does: such a gradient would ruin the weights
-        if step_of:
-            step_of(raw)
-        else:
-            optimizer.step()
-        if noise:
-            noise.after_step()
-        scheduler.step()
-        optimizer.zero_grad()
-        run.losses.append(loss.item())
+        losses = take_step(trainer, [lambda rows=rows: backward(trainer, data, rows, share) for rows in batch])
+        trainer.lr_scheduler.step()
+        trainer.state.global_step = step
+        run.losses.append(sum(losses))
         run.seconds += time.process_time() - start
-        if step + 1 in stops:
-            _log(run, trainer)
-        if stops.get(step + 1):
-            _evaluate(run, step + 1, trainer, llama, data)
+        if noise and step in stops:  # what the trainer does with NSPO2's figures when it logs
+            figures = noise.metrics(args.train_batch_size * args.gradient_accumulation_steps)
+            noise.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
+            run.figures.append(figures)
+        if stops.get(step):
+            run.curve.append({"step": step} | evaluate(trainer, data))
+            if noise:
+                noise.watch({"eval_loss": run.curve[-1]["loss"]})
     return run
-
-
-def _log(run: Run, trainer: NSPO2DPOTrainer) -> None:
-    """What the trainer does with NSPO2's figures when it logs."""
-    if trainer.nspo2:
-        figures = trainer.nspo2.metrics(trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps)
-        trainer.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
-        run.figures.append(figures)
-
-
-def _evaluate(run: Run, step: int, trainer: NSPO2DPOTrainer, llama: PackedLlama, data: Data) -> None:
-    optimizer = trainer.optimizer
-    if hasattr(optimizer, "eval"):
-        optimizer.eval()
-    found = evaluate(llama, data, trainer.args.beta)
-    run.curve.append({"step": step} | found)
-    if trainer.nspo2:
-        trainer.nspo2.watch({"eval_loss": found["loss"]})
-    if hasattr(optimizer, "train") and step < trainer.args.max_steps:
-        optimizer.train()

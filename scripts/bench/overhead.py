@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import datasets
 import torch
@@ -21,6 +22,7 @@ from nspo2_trl.training.samples import SampleCollector
 from nspo2_trl.training.timing import Stopwatch
 
 from . import ROOT
+from .lean import take_step
 from .stats import ratio_of_sums
 
 WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
@@ -111,29 +113,21 @@ class Parts:
         return found
 
 
-def take_step(trainer: NSPO2DPOTrainer, model: nn.Module, batches: list[dict]) -> tuple[float, int]:
+def timed_step(trainer: NSPO2DPOTrainer, model: nn.Module, batches: list[dict]) -> tuple[float, int]:
     """Seconds and, on a GPU, peak bytes of one step, as Trainer takes it, without logging and callbacks of others."""
     cuda = trainer.accelerator.device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
+
+    def passes(batch: dict, last: bool) -> None:
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+        with trainer.accelerator.accumulate(model) if last else trainer.accelerator.no_sync(model):
+            trainer.training_step(model, dict(batch))
+
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     synchronize()
     start = time.perf_counter()
-    for i, batch in enumerate(batches):
-        last = i + 1 == len(batches)
-        trainer.accelerator.gradient_state._set_sync_gradients(last)
-        with trainer.accelerator.accumulate(model) if last else trainer.accelerator.no_sync(model):
-            trainer.training_step(model, dict(batch))
-        if trainer.nspo2 and not last:
-            trainer.nspo2_samples.next_micro_batch()
-    if trainer.args.max_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
-    if trainer.nspo2:
-        trainer._nspo2_before_step()
-    trainer.optimizer.step()
-    if trainer.nspo2:
-        trainer._nspo2_after_step()
-    trainer.optimizer.zero_grad()
+    take_step(trainer, [partial(passes, batch, i + 1 == len(batches)) for i, batch in enumerate(batches)])
     synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else 0
 
@@ -159,7 +153,7 @@ def measure(make, steps: int, label: str) -> dict:
             if step == WARM_UP:
                 parts.take(1)
             for enabled in (True, False) if step % 2 else (False, True):
-                seconds, peak = take_step(trainers[enabled], models[enabled], batches[first : first + each])
+                seconds, peak = timed_step(trainers[enabled], models[enabled], batches[first : first + each])
                 if step >= WARM_UP:
                     times[enabled].append(seconds)
                     peaks[enabled].append(peak)

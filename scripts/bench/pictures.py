@@ -1,77 +1,65 @@
-"""One picture a task: held-out loss, paired difference to plain AdamW, gold score against KL."""
+"""One picture per task: held-out loss, paired difference to plain AdamW, gold score against KL."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from .methods import METHODS
-from .stats import interval
+from nspo2_trl.cli.panels import Panel
+from nspo2_trl.cli.plots import panel_on, picture
+from nspo2_trl.cli.runs import Run, average, number, of
+
 from .tables import reported
 
-PLAIN, OURS, CONTROL, PEER = "#222222", "#1f6fb4", "#8a8a8a", "#d2691e"
-CONTROLS = ("random", "norm-matched", "beta1-0.95", "batch-x1.31", "batch-x1.5")
-STYLES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2)), (0, (1, 3)), (0, (8, 3)))
+LOSS = Panel("loss", "", "loss", ("eval_loss",), by_time=True)
+APART = Panel("apart", "", "loss less plain's", ("eval_apart",), by_time=True)
 
 
-def colour(method: str) -> str:
-    """By kind of method."""
-    if method == "plain":
-        return PLAIN
-    return CONTROL if method in CONTROLS else PEER if "optimizer" in METHODS[method] else OURS
-
-
-def look(method: str) -> dict:
-    """Colour by kind of method, dashes within the kind."""
-    same = [name for name in METHODS if colour(name) == colour(method)]
-    return {"color": colour(method), "linestyle": STYLES[same.index(method) % len(STYLES)]}
+def mean_of(own: dict[int, dict], plain: dict[int, dict], name: str, index: int) -> Run:
+    """Means over the seeds that both have; with standard errors for `keep` alone, or bands would hide the lines."""
+    logs = []
+    for seed in sorted(own.keys() & plain.keys()):
+        curves = (own[seed]["curve"]["step"], own[seed]["curve"]["loss"], plain[seed]["curve"]["loss"])
+        points = ((step, number(loss), number(other)) for step, loss, other in zip(*curves))
+        entries = [{"step": step, "eval_loss": loss, "eval_apart": loss - other} for step, loss, other in points]
+        logs.append(of(entries, name))
+    run = average(logs, name, index)
+    if name != "keep":
+        run.evals = [{key: entry[key] for key in ("step", "eval_loss", "eval_apart")} for entry in run.evals]
+    return run
 
 
 def draw(records: list[dict], rows: list[dict], task: str, path: Path) -> None:
-    """Means over seeds; bands are 95 % bootstrap intervals of the paired difference, for plain the seeds' range."""
     runs = reported(records, task)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
     plain = runs["plain", rows[0]["lr"]]
-    for row in rows:
-        own, style = runs[row["method"], row["lr"]], look(row["method"])
-        seeds = sorted(own.keys() & plain.keys())
-        steps = own[seeds[0]]["curve"]["step"]
-        curves = np.array([own[seed]["curve"]["loss"] for seed in seeds], dtype=float)
-        left.plot(steps, curves.mean(0), linewidth=1.4, label=row["method"], **style)
-        if row["method"] == "plain":
-            left.fill_between(steps, curves.min(0), curves.max(0), color=PLAIN, alpha=0.1, linewidth=0)
-            middle.axhline(0, color=PLAIN, linewidth=1.4)
-        else:
-            apart = curves - np.array([plain[seed]["curve"]["loss"] for seed in seeds], dtype=float)
-            middle.plot(steps, apart.mean(0), linewidth=1.4, **style)
-            bounds = [interval(apart[:, i]) for i in range(len(steps))]
-            if row["method"] == "keep" and all(bounds):
-                middle.fill_between(steps, *zip(*bounds), color=OURS, alpha=0.15, linewidth=0)
-        if row["method"] != "plain":
-            right.plot(row["kl"], row["gold"], "o", color=style["color"], markersize=5)
-            right.annotate(row["method"], (row["kl"], row["gold"]), xytext=(4, 3), textcoords="offset points", size=7)
+    drawn = [mean_of(runs[row["method"], row["lr"]], plain, row["method"], i) for i, row in enumerate(rows)]
+    apart = np.abs([row["apart"].mean() for row in rows])
+    spread = max(apart[np.isfinite(apart)]) or 0.01
     frontier = sorted(
         tuple(np.mean([run["samples"].get(part, np.nan) for run in by_seed.values()]) for part in ("kl", "gold"))
         for (method, _), by_seed in runs.items()
         if method == "plain"
     )
-    right.plot(*zip(*frontier), "s-", color=PLAIN, markersize=5, label="plain at the rates it was reported at")
-    left.set(title="held-out loss, mean over seeds (plain: the seeds' range)", xlabel="step", ylabel="loss")
-    middle.set(title="paired difference to plain (keep: 95 % interval)", xlabel="step", ylabel="loss less plain's")
-    right.set(title="gold score against KL at the end", xlabel="KL from the reference, nats", ylabel="gold score")
-    left.legend(fontsize=7, ncols=2, frameon=False)
-    right.legend(fontsize=7, frameon=False)
-    apart = np.abs([row["apart"].mean() for row in rows])
-    spread = max(apart[np.isfinite(apart)]) or 0.01
-    middle.set_ylim(-3 * spread, 3 * spread)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    figure.suptitle(f"{task}: each method at its own best learning rate, {rows[0]['seeds']} paired seeds")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    def difference(axis: Any) -> None:
+        panel_on(axis, APART, drawn)
+        axis.set_ylim(-3 * spread, 3 * spread)
+
+    def gold(axis: Any) -> None:
+        axis.plot(*zip(*frontier), "s-", color="C0", markersize=5)
+        for run, row in zip(drawn[1:], rows[1:]):
+            axis.plot(row["kl"], row["gold"], "o", color=f"C{run.index % 6}", markersize=5)
+            axis.annotate(row["method"], (row["kl"], row["gold"]), xytext=(4, 3), textcoords="offset points", size=7)
+        axis.set(xlabel="KL from the reference, nats", ylabel="gold score")
+        axis.grid(True)
+
+    parts = [
+        ("held-out loss, mean over seeds", partial(panel_on, panel=LOSS, runs=drawn)),
+        ("paired difference to plain (band: standard error)", difference),
+        ("gold score and KL at the end; plain at its rates", gold),
+    ]
+    title = f"{task}: each method at its own best learning rate, {rows[0]['seeds']} paired seeds"
+    picture(path, title, parts, drawn)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .grid import best_rate, final_loss, losses_by_rate
-from .methods import METHODS
+from .methods import WORDS
 from .stats import START, adjusted, gold_at_equal_kl, interval, least_found, p_value, ratio_of_sums, steps_to, verdict
 
 SHARES = (0.25, 0.5, 1.0)  # points of plain's run
@@ -34,12 +34,12 @@ def _samples(by_seed: dict[int, dict], seeds: list[int], figure: str) -> np.ndar
 
 
 def compare(records: list[dict], task: str) -> list[dict]:
-    """Rows of figures, one for each method at the rate that the choosing seeds picked, in the order of METHODS.
+    """Rows of figures, one for each method at the rate that the choosing seeds picked, in the order of WORDS.
 
     Empty where plain AdamW, which all are compared with, is not there.
     """
     runs, rows = reported(records, task), []
-    rates = {name: losses_by_rate(records, task, name) for name in METHODS}
+    rates = {name: losses_by_rate(records, task, name) for name in WORDS}
     best = {name: best_rate(losses) for name, losses in rates.items() if losses}
     plain = runs.get(("plain", best["plain"][0]), {}) if "plain" in best else {}
     for name, (lr, edge) in best.items():

@@ -3,7 +3,7 @@
 A plain run is stopped at four points. At each, gradients of micro-batches of 4 pairs are taken: some give noise
 directions and reference, others, fresh ones, say what a filter takes away of their variance and of their mean. With
 r_i the part of fresh gradient g_i that is taken away, which is orthogonal to the rest, the trace of the covariance is
-(Σ|r_i|² - |Σr_i|²/n)/(n - 1) and the mean's square without bias (|Σr_i|² - Σ|r_i|²)/(n(n - 1)), see `signal.py`.
+(Σ|r_i|² - |Σr_i|²/n)/(n - 1) and the mean's square without bias (|Σr_i|² - Σ|r_i|²)/(n(n - 1)).
 The mean is that of the population that the data are drawn from, not of the data: no pair is in two samples.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,8 @@ from nspo2_trl.layout.adapters import lora_blocks
 from nspo2_trl.projections.noise import NoiseProjection
 
 from . import lean
-from .packed import Packed, PackedLlama
 
 PAIRS = 4  # a micro-batch
-AT_ONCE = 16  # micro-batches in one pass
 POINTS = {"start": 0.0, "early": 0.1, "middle": 0.5, "end": 1.0}
 RANKS = {"adapter": [1, 4, 16, 32, 64], "factored": [1, 2, 4, 8]}
 STRATEGIES = ("keep", "noise", "hybrid", "random")
@@ -35,35 +34,25 @@ def snapshots(trainer: NSPO2DPOTrainer, data: lean.Data) -> dict[str, list[torch
     """The trained parameters at each of `POINTS` of a plain run."""
     params = [p for p in trainer.model.parameters() if p.requires_grad]
     wanted = {round(share * trainer.args.max_steps): name for name, share in POINTS.items()}
-    found, taken = {wanted[0]: [p.detach().clone() for p in params]}, 0
+    found, steps = {wanted[0]: [p.detach().clone() for p in params]}, count(1)
 
-    def prepare(trainer):
-        def step(raw):
-            nonlocal taken
-            trainer.optimizer.step()
-            taken += 1
-            if taken in wanted:
-                found[wanted[taken]] = [p.detach().clone() for p in params]
+    def keep(*_):
+        if (step := next(steps)) in wanted:
+            found[wanted[step]] = [p.detach().clone() for p in params]
 
-        return step
-
-    lean.train(trainer, data, stride=lean.LOOKS, prepare=prepare)
+    hook = lambda trainer: trainer.optimizer.register_step_post_hook(keep)
+    lean.train(trainer, data, stride=lean.LOOKS, prepare=hook)
     return found
 
 
 def gradients(trainer: NSPO2DPOTrainer, data: lean.Data, rows: list[int]) -> dict[int, torch.Tensor]:
     """By `id` of a LoRA matrix its gradient in each micro-batch of `PAIRS` of the `rows`, (n, *shape)."""
-    llama = PackedLlama(trainer.model)
-    found = {id(p): torch.zeros(len(rows) // PAIRS, *p.shape) for p in llama.factors}
-    for start in range(0, len(rows), AT_ONCE * PAIRS):
-        part = rows[start : start + AT_ONCE * PAIRS]
-        first, count = start // PAIRS, len(part) // PAIRS
-        sinks = {key: list(grads[first : first + count]) for key, grads in found.items()}
-        policy = llama.log_probs(Packed([data.train[row] for row in part], count), sinks)
-        ratios = policy - data.train_reference[:, part]
-        (-F.logsigmoid(trainer.args.beta * (ratios[0] - ratios[1])).sum() / PAIRS).backward()
-    for p in llama.factors:
-        p.grad = None
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    found = {id(p): torch.zeros(len(rows) // PAIRS, *p.shape) for p in params}
+    for i in range(len(rows) // PAIRS):
+        lean.backward(trainer, data, rows[i * PAIRS : (i + 1) * PAIRS])
+        for p in params:
+            found[id(p)][i], p.grad = p.grad, None
     return found
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from nspo2_trl.cli.plots import band, picture
+from nspo2_trl.cli.plots import line as line_on
+from nspo2_trl.cli.runs import Run
 
 from .stats import of_sums, ratio_of_sums
 from .tables import line, words
@@ -17,7 +18,6 @@ BATCH = 4  # micro-batches of a step
 SHOWN = [("keep-16", "adapter"), ("noise-16", "adapter"), ("random-16", "adapter")]
 SHOWN += [("keep-4", "factored"), ("noise-4", "factored"), ("random-4", "factored")]
 UNKNOWN = "not known"
-COLOURS = {"keep": "#1f6fb4", "noise": "#b4341f", "hybrid": "#7a4fb4", "random": "#8a8a8a"}
 
 
 READING = f"""Command: `python scripts/benchmark.py variance`. At each point some micro-batches of {PAIRS} pairs give
@@ -108,33 +108,29 @@ def section(records: list[dict], scores: dict, task: str, plot: str) -> list[str
 
 def draw(scores: dict, runs: int, task: str, path: Path) -> None:
     """Variance and signal removed against the rank in the middle of the run; error of a batch over the run."""
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
-    for covariance, style in (("adapter", "-o"), ("factored", "--s")):
-        ranks = RANKS[covariance]
-        for strategy in STRATEGIES:
-            found = [scores["middle", covariance, f"{strategy}-{rank}"] for rank in ranks]
-            look = {"color": COLOURS[strategy], "markersize": 4, "label": f"{strategy}, {covariance}"}
-            for panel, name in zip(axes, ("variance", "signal")):
-                panel.plot(ranks, [score[name][0] for score in found], style, **look)
-                if found[0][name][1] is not None:
-                    bounds = zip(*(score[name][1] for score in found))
-                    panel.fill_between(ranks, *bounds, color=COLOURS[strategy], alpha=0.12, linewidth=0)
-        which = "keep-16" if covariance == "adapter" else "keep-4"
-        for name, mark in ((which, COLOURS["keep"]), (which.replace("keep", "noise"), COLOURS["noise"])):
-            errors = [scores[point, covariance, name]["error"][0] for point in POINTS]
-            axes[2].plot(list(POINTS), errors, style, color=mark, markersize=4, label=f"{name}, {covariance}")
-    for panel, title in zip(axes, ("share of the variance removed", "share of the signal removed")):
-        panel.set(title=f"{title}, middle of the run", xlabel="rank", xscale="log", ylim=(-0.05, 1))
-        panel.set_xticks(RANKS["adapter"], [str(rank) for rank in RANKS["adapter"]])
-    axes[2].axhline(1, color="#222222", linewidth=1)
-    axes[2].set(
-        title="squared error of a batch, as a share of the unfiltered", xlabel="point of the run", ylim=(0, 1.05)
-    )
-    axes[0].legend(fontsize=7, frameon=False)
-    axes[2].legend(fontsize=7, frameon=False)
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.2)
-    figure.suptitle(f"{task}: filters fitted on some micro-batches, scored on others, {runs} runs")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    kinds = [(strategy, covariance) for covariance in RANKS for strategy in STRATEGIES]
+
+    def removed(axis: Any, name: str) -> None:
+        for index, (strategy, covariance) in enumerate(kinds):
+            ranks = RANKS[covariance]
+            found = [scores["middle", covariance, f"{strategy}-{rank}"][name] for rank in ranks]
+            line_on(axis, ranks, [value for value, _ in found], index, points=True)
+            if found[0][1] is not None:
+                band(axis, ranks, *zip(*(bounds for _, bounds in found)), index)
+        axis.set(xlabel="rank", ylabel="share", xscale="log", ylim=(-0.05, 1))
+        axis.set_xticks(RANKS["adapter"], RANKS["adapter"], minor=False)
+
+    def errors(axis: Any) -> None:
+        for index, (strategy, covariance) in enumerate(kinds):
+            which = f"{strategy}-{16 if covariance == 'adapter' else 4}"
+            if strategy in ("keep", "noise"):
+                found = [scores[point, covariance, which]["error"][0] for point in POINTS]
+                line_on(axis, range(len(POINTS)), found, index, points=True)
+        axis.axhline(1, color="#222222", linewidth=1)
+        axis.set(xlabel="point of the run", ylabel="share of the unfiltered", ylim=(0, 1.05))
+        axis.set_xticks(range(len(POINTS)), list(POINTS))
+
+    parts = [(f"{name} removed, middle of the run", partial(removed, name=name)) for name in ("variance", "signal")]
+    parts += [("squared error of a batch, rank 16 and 4", errors)]
+    title = f"{task}: filters fitted on some micro-batches, scored on others, {runs} runs"
+    picture(path, title, parts, [Run(", ".join(kind), index, 0, [], []) for index, kind in enumerate(kinds)])
