@@ -15,7 +15,7 @@ gives the ratio of step times, and which part of NSPO2 takes what, by clocks ins
 `torchrun --nproc_per_node 2` in place of `python` it is DDP (on a CPU add `--use_cpu`).
 
 `sizes`: no model, only the adapters of one, with random gradients: bytes of state and scratch, time of each kind of
-step, and from the memory traffic that was counted an estimate of the time on an H100.
+step.
 
 These two print a table and write all figures to a JSON file.
 """
@@ -54,10 +54,8 @@ def grid(options: argparse.Namespace, names: list[str]) -> list[dict]:
     """All combinations of the options `names`, each with a label."""
     cells = [dict(zip(names, values)) for values in itertools.product(*(getattr(options, name) for name in names))]
     short = {"sizes": "", "lora_r": "r", "update_freq": "every ", "projection_rank": "k", "covariance": ""}
-    for cell in cells:
-        cell["label"] = ", ".join(f"{short.get(name, '')}{value}" for name, value in cell.items())
-        cell["model"] = cell.pop("sizes")
-    return cells
+    label = lambda cell: ", ".join(f"{short.get(name, '')}{value}" for name, value in cell.items())
+    return [cell | {"label": label(cell), "model": cell["sizes"]} for cell in cells]
 
 
 def run_overhead(options: argparse.Namespace, recipe: list[str]) -> Iterator[dict]:
@@ -76,24 +74,15 @@ def run_overhead(options: argparse.Namespace, recipe: list[str]) -> Iterator[dic
 def run_sizes(options: argparse.Namespace) -> Iterator[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu")
     for cell in grid(options, ["sizes", "lora_r", "covariance", "projection_rank", "update_freq", "basis_dtype"]):
-        cell |= sizes.measure(cell, options.micro_batches, device)
-        cell["h100"] = sizes.estimate(cell["model"], cell)
-        yield cell
+        yield cell | sizes.measure(cell, options.micro_batches, device)
 
 
 def main() -> None:
     command, rest = (sys.argv[1:] or [""])[0], sys.argv[2:]
-    if command == "convergence":
-        sys.exit(1 if convergence.run(rest) else 0)
-    if command == "variance":
-        sys.exit(1 if convergence.variance(rest) else 0)
-    if command == "tables":
-        return convergence.tables(rest)
-    if command == "pack":
-        return convergence.pack(rest)
+    if command in convergence.COMMANDS:
+        sys.exit(bool(convergence.COMMANDS[command](rest)))
     if command == "--smoke":
-        print(f"Everything is in {convergence.smoke()}.")
-        return
+        return print(f"Everything is in {convergence.smoke()}.")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["overhead", "sizes"])
     parser.add_argument("--steps", type=int, default=120, help="overhead: pairs of steps that are counted")
@@ -110,20 +99,18 @@ def main() -> None:
     options, recipe = parser.parse_known_args()
     hf_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    device, cells = device_name(options.use_cpu), []
+    device, cells, console = device_name(options.use_cpu), [], Console()
+    main_process = PartialState(cpu=options.use_cpu).is_main_process
     path = Path(options.out or f"out/{options.command}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     for cell in run_overhead(options, recipe) if options.command == "overhead" else run_sizes(options):
         cells.append(cell)
-        if PartialState(cpu=options.use_cpu).is_main_process:  # what was measured stays, should the rest be cut off
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if main_process:  # what was measured stays, should the rest be cut off
             path.write_text(json.dumps({"device": device, "torch": torch.__version__, "cells": cells}, indent=1))
-    if not PartialState(cpu=options.use_cpu).is_main_process:
-        return
-    table = overhead.table if options.command == "overhead" else sizes.table
-    console = Console()
-    console.width = max(console.width, 150)  # a table that is cut helps nobody
-    console.print(table(cells, device))
-    print(f"All figures: {path}")
+    if main_process:
+        console.width = max(console.width, 150)  # a table that is cut helps nobody
+        console.print((overhead if options.command == "overhead" else sizes).table(cells, device))
+        print(f"All figures: {path}")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_an_unfinished_grid_can_be_shown(tmp_path):
 
 def save(records, raw):
     for entry in records:
-        grid.write(grid.path_of(raw, entry["cell"]), entry)
+        grid.write(raw, entry)
 
 
 def test_page_says_what_the_figures_say(tmp_path, capsys):
@@ -215,7 +215,7 @@ def test_the_committed_page_is_made_of_the_committed_files(tmp_path):
     assert (tmp_path / "results.md").read_text() == page, "run `python scripts/benchmark.py tables`"
     total = sum(path.stat().st_size for path in (ROOT / "benchmarks").rglob("*.*"))
     assert total < 1e6, "raw files shall stay small"
-    assert not list((ROOT / "benchmarks/raw").rglob("*.json")), "run `python scripts/benchmark.py pack`"
+    assert not list((ROOT / "benchmarks/raw").glob("*.jsonl")), "run `python scripts/benchmark.py pack`"
 
 
 def test_what_a_model_could_before():
@@ -282,8 +282,8 @@ def test_a_finished_cell_is_never_run_again(tmp_path, threads, capsys):
     folders = {"quickstart": {}}
     assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 1
     assert "failed" in capsys.readouterr().out and len(ran) == 4
-    names = sorted(path.name for path in tmp_path.rglob("*.*"))
-    assert names == ["keep-lr0.001-s100.json", "plain-lr0.001-s100.json", "plain-lr0.001-s101.json"]
+    names = ["keep-lr0.001-s100", "plain-lr0.001-s100", "plain-lr0.001-s101"]
+    assert list(grid.by_name(tmp_path, COMMON["study"])) == [f"quickstart/{name}" for name in names]
     broken.clear()
     assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 0 and ran[4:] == [("keep", 101)]
     assert grid.run_cells(tmp_path, cells, folders, 2, "test", run) == 0 and len(ran) == 5
@@ -305,7 +305,7 @@ def test_packed_cells_are_there_as_loose_ones_are(tmp_path, threads, capsys):
     with pytest.raises(SystemExit, match="was made with steps 20: give another folder"):
         grid.missing(tmp_path, [cells[0] | {"steps": 40}])
     grid.run_cells(tmp_path, cells + [cells[0] | {"seed": 102}], folders, 1, "test", run)  # one more, loose
-    assert [path.name for path in grid.loose(tmp_path, study)] == ["plain-lr0.001-s102.json"]
+    assert len(grid.loose(tmp_path, study).read_text().splitlines()) == 1
     assert [entry["cell"]["seed"] for entry in grid.read(tmp_path, study)] == [100, 101, 100, 101, 102]
     both = grid.read(tmp_path, study)
     grid.pack(tmp_path, study)
@@ -368,10 +368,10 @@ def test_smoke():
     text = (folder / "docs/results.md").read_text()
     assert "| `keep` | 0.00" in text and "2 seeds" in text and (folder / "docs/convergence_quickstart.png").exists()
     assert "| `factored` | `random`, rank 8 | " in text and (folder / "docs/variance_quickstart.png").exists()
-    assert len(list((folder / "raw/variance").rglob("*.json"))) == 2
-    files = list((folder / "raw/convergence").rglob("*.json"))
-    assert len(files) == 16 and max(path.stat().st_size for path in files) < 3000
-    assert all(json.loads(path.read_text())["curve"]["loss"][-1] < math.log(2) for path in files)
+    assert len(grid.read(folder / "raw", "variance")) == 2
+    lines = grid.loose(folder / "raw", "convergence").read_text().splitlines()
+    assert len(lines) == 16 and max(map(len, lines)) < 3000
+    assert all(json.loads(text)["curve"]["loss"][-1] < math.log(2) for text in lines)
 
 
 @pytest.mark.slow

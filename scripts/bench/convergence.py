@@ -25,28 +25,16 @@ HELP = """Methods x learning rates x paired seeds on tiny models, through a loop
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser(name: str, words: str, raw_only: bool = False) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        "benchmark.py convergence", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        f"benchmark.py {name}", description=words, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--phase", choices=["select", "report", "all"], default="all")
-    found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="all if left out")
-    found.add_argument("--rates", nargs="+", type=float, default=RATES, help="rates that are tried")
-    found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
-    found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
-    found.add_argument("--report_seeds", type=int, default=grid.REPORT, help="how many")
-    found.add_argument("--steps", type=int, default=STEPS, help="of a run")
-    found.add_argument("--held_out", type=int, default=300, help="pairs of every evaluation")
-    found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")
-    found.add_argument("--only", default="", help="key=value,…: only these cells (task, method, lr, seed, role)")
-    return _common(found)
-
-
-def _common(found: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    found.add_argument("--stories_model", help="folder of a model for the task `stories`")
-    found.add_argument("--stories_data", help="folder with train and test split of pairs for the task `stories`")
-    found.add_argument("--workers", type=int, default=2)
     found.add_argument("--raw", type=Path, default=RAW, help=f"folder of the raw files, {RAW} if left out")
+    if not raw_only:
+        found.add_argument("--stories_model", help="folder of a model for the task `stories`")
+        found.add_argument("--stories_data", help="folder with train and test split of pairs for the task `stories`")
+        found.add_argument("--workers", type=int, default=2)
+        found.add_argument("--steps", type=int, default=STEPS, help="of a run")
     return found
 
 
@@ -79,39 +67,45 @@ def _say_next(raw: Path) -> None:
 
 def run(argv: list[str]) -> int:
     """Run what is missing; returns how many cells failed."""
-    options = parser().parse_args(argv)
-    methods, tried = options.methods or list(METHODS), options.rates
-    folders, failed = _folders(options), 0
+    found = _parser("convergence", HELP)
+    found.add_argument("--phase", choices=["select", "report", "all"], default="all")
+    found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", default=list(METHODS))
+    found.add_argument("--rates", nargs="+", type=float, default=RATES, help="rates that are tried")
+    found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
+    found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
+    found.add_argument("--report_seeds", type=int, default=grid.REPORT, help="how many")
+    found.add_argument("--held_out", type=int, default=300, help="pairs of every evaluation")
+    found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")
+    found.add_argument("--only", default="", help="key=value,…: only these cells (task, method, lr, seed, role)")
+    options = found.parse_args(argv)
+    methods, raw, failed, folders = options.methods, options.raw, 0, _folders(options)
     only = _only(options.only, folders)
 
     def go(cells: list[dict], label: str) -> None:
         nonlocal failed
-        cells = [cell for cell in cells if grid.wanted(cell, only)]
-        if cells:
-            failed += grid.run_cells(options.raw, cells, folders, options.workers, label)
+        if cells := [cell for cell in cells if grid.wanted(cell, only)]:
+            failed += grid.run_cells(raw, cells, folders, options.workers, label)
 
     for task in folders:
         common = {"study": "convergence", "task": task, "steps": options.steps}
         common |= {"held_out": options.held_out, "samples": options.samples}
+        tried = grid.select_cells(common, methods, options.rates, options.select_seeds)
         if options.phase != "report":
-            go(grid.select_cells(common, methods, tried, options.select_seeds), f"{task}, rates")
-        for _ in range(options.extend if options.phase != "report" else 0):
-            records, more = grid.read(options.raw, "convergence"), []
-            for method in methods:
-                losses = grid.losses_by_rate(records, task, method)
-                rates = grid.beyond(losses) if losses else []
-                more += grid.select_cells(common, [method], rates, options.select_seeds)
-            go(more, f"{task}, rates beyond the edge")
+            go(tried, f"{task}, rates")
+            for _ in range(options.extend):
+                records, more = grid.read(raw, "convergence"), []
+                for method in methods:
+                    losses = grid.losses_by_rate(records, task, method)
+                    rates = grid.beyond(losses) if losses else []
+                    more += grid.select_cells(common, [method], rates, options.select_seeds)
+                go(more, f"{task}, rates beyond the edge")
         if options.phase != "select":
             chosen = {key: values for key, values in only.items() if key in ("task", "method")}
-            cells = grid.select_cells(common, methods, tried, options.select_seeds)
-            left = grid.missing(options.raw, [cell for cell in cells if grid.wanted(cell, chosen)])
-            if left:
+            if left := grid.missing(raw, [cell for cell in tried if grid.wanted(cell, chosen)]):
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
-            records = grid.read(options.raw, "convergence")
-            cells = grid.report_cells(common, records, methods, range(options.report_seeds))
+            cells = grid.report_cells(common, grid.read(raw, "convergence"), methods, range(options.report_seeds))
             go(cells, f"{task}, reported runs")
-    _say_next(options.raw)
+    _say_next(raw)
     return failed
 
 
@@ -119,13 +113,12 @@ def variance(argv: list[str]) -> int:
     """Run what is missing of the study `variance`; returns how many cells failed."""
     from .variance import run_cell
 
-    found = argparse.ArgumentParser("benchmark.py variance", description="What filters do at frozen parameters.")
+    found = _parser("variance", "What filters do at frozen parameters.")
     found.add_argument("--runs", type=int, default=10, help="plain runs, with the seeds 0, 1, …")
     found.add_argument("--rate", type=float, default=2e-3, help="learning rate of these runs")
-    found.add_argument("--steps", type=int, default=STEPS)
     found.add_argument("--fit", type=int, default=128, help="micro-batches of 4 pairs that a filter is made from")
     found.add_argument("--fresh", type=int, default=512, help="others, that it is scored on")
-    options = _common(found).parse_args(argv)
+    options = found.parse_args(argv)
     same = {"study": "variance", "method": "plain", "lr": options.rate, "steps": options.steps, "role": "report"}
     same |= {"fit": options.fit, "fresh": options.fresh}
     failed, folders = 0, _folders(options)
@@ -139,8 +132,7 @@ def variance(argv: list[str]) -> int:
 def tables(argv: list[str]) -> None:
     from . import results  # SciPy and Matplotlib are the extra `bench`
 
-    found = argparse.ArgumentParser("benchmark.py tables", description="Tables and plots from the raw files alone.")
-    found.add_argument("--raw", type=Path, default=RAW, help=f"folder of the raw files, {RAW} if left out")
+    found = _parser("tables", "Tables and plots from the raw files alone.", raw_only=True)
     found.add_argument("--overhead", type=Path, default=ROOT / f"benchmarks/{results.OVERHEAD}")
     found.add_argument("--docs", type=Path, help="where pages and plots go: docs/, or beside another `--raw`")
     options = found.parse_args(argv)
@@ -152,12 +144,13 @@ def tables(argv: list[str]) -> None:
 
 
 def pack(argv: list[str]) -> None:
-    found = argparse.ArgumentParser("benchmark.py pack", description="One file a study, of the cells that have ended.")
-    found.add_argument("--raw", type=Path, default=RAW, help=f"folder of the raw files, {RAW} if left out")
-    raw = found.parse_args(argv).raw
+    raw = _parser("pack", "One file a study, of the cells that have ended.", raw_only=True).parse_args(argv).raw
     for study in grid.studies_in(raw):
-        if grid.loose(raw, study):
+        if grid.loose(raw, study).exists():
             print(grid.pack(raw, study))
+
+
+COMMANDS = {"convergence": run, "variance": variance, "tables": tables, "pack": pack}
 
 
 def smoke() -> Path:
@@ -165,9 +158,8 @@ def smoke() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="nspo2_bench_"))
     small = "--methods plain keep --rates 1e-3 2e-3 --select_seeds 100 101 --report_seeds 2 --extend 0"
     small += " --steps 20 --held_out 50 --samples 20"
-    if run([*small.split(), "--raw", str(folder / "raw")]):
+    raw = ["--raw", str(folder / "raw")]
+    if run([*small.split(), *raw]) or variance([*"--runs 2 --steps 20 --fit 16 --fresh 32".split(), *raw]):
         raise SystemExit("error: cells failed, see above.")
-    if variance([*"--runs 2 --steps 20 --fit 16 --fresh 32 --raw".split(), str(folder / "raw")]):
-        raise SystemExit("error: cells failed, see above.")
-    tables(["--raw", str(folder / "raw"), "--docs", str(folder / "docs")])
+    tables([*raw, "--docs", str(folder / "docs")])
     return folder

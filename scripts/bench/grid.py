@@ -1,9 +1,9 @@
 """The grid: which cells there are, and running those that are not there yet, two at a time.
 
 A cell is a dict of plain values: study, task, method, lr, seed, steps, held_out (pairs of an evaluation), samples,
-role ("select" to choose the method's rate, "report" to be shown). When it ends, RAW/STUDY/TASK/METHOD-lrLR-sSEED.json
-is written in one go; `pack` puts a study's files into the lines of RAW/STUDY.jsonl.gz. A cell that is in either place
-is not run again, so the same command goes on with an interrupted grid.
+role ("select" to choose the method's rate, "report" to be shown). When it ends, its record is a line more of
+RAW/STUDY.jsonl; `pack` puts these into RAW/STUDY.jsonl.gz. A cell that is in either file is not run again, so the same
+command goes on with an interrupted grid.
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 SELECT, REPORT = [100, 101, 102], 10  # seeds that choose the rates; number of seeds that are reported
 
 
-def path_of(raw: Path, cell: dict) -> Path:
-    name = f"{cell['method']}-lr{cell['lr']:g}-s{cell['seed']}.json"
-    return raw / cell["study"] / cell["task"] / name
+def name_of(cell: dict) -> str:
+    return f"{cell['task']}/{cell['method']}-lr{cell['lr']:g}-s{cell['seed']}"
 
 
-def loose(raw: Path, study: str) -> list[Path]:
-    """The files of finished cells that are not packed."""
-    return list((raw / study).glob("*/*.json"))
+def loose(raw: Path, study: str) -> Path:
+    """The file of finished cells that are not packed."""
+    return raw / f"{study}.jsonl"
 
 
 def packed(raw: Path, study: str) -> Path:
@@ -40,38 +36,42 @@ def packed(raw: Path, study: str) -> Path:
 
 
 def studies_in(raw: Path) -> list[str]:
-    folders = {path.parent.parent.name for path in raw.glob("*/*/*.json")}
-    return sorted(folders.union(path.name.removesuffix(".jsonl.gz") for path in raw.glob("*.jsonl.gz")))
+    return sorted({path.name.split(".jsonl")[0] for path in raw.glob("*.jsonl*")})
 
 
-def by_path(raw: Path, study: str) -> dict[Path, dict]:
-    """What is there of a study, packed and loose, in the order of [`path_of`]."""
-    # loose files first: should another process pack them in the meantime, they are in the packed file
-    found = {path: json.loads(path.read_text()) for path in loose(raw, study) if path.exists()}
-    if packed(raw, study).exists():
-        with gzip.open(packed(raw, study), "rt") as lines:
-            records = [json.loads(text) for text in lines]
-        found = {path_of(raw, record["cell"]): record for record in records} | found
+def by_name(raw: Path, study: str) -> dict[str, dict]:
+    """What is there of a study, packed and loose, in the order of [`name_of`]."""
+    found = {}
+    for path, opened in ((packed(raw, study), gzip.open), (loose(raw, study), open)):
+        if path.exists():
+            with opened(path, "rt") as lines:
+                records = [json.loads(text) for text in lines]
+            found |= {name_of(record["cell"]): record for record in records}
     return dict(sorted(found.items()))
 
 
 def read(raw: Path, study: str) -> list[dict]:
-    return list(by_path(raw, study).values())
+    return list(by_name(raw, study).values())
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+def write(raw: Path, record: dict) -> None:
+    raw.mkdir(parents=True, exist_ok=True)
+    with loose(raw, record["cell"]["study"]).open("a") as file:
+        file.write(_line(record))
 
 
 def pack(raw: Path, study: str) -> Path:
-    """Put a study's loose files into its packed one, the same bytes for the same cells, and remove them."""
-    gone, file = loose(raw, study), packed(raw, study)
-    lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in read(raw, study))
+    """Put a study's loose file into its packed one, the same bytes for the same cells, and remove it."""
+    lines, file = "".join(map(_line, read(raw, study))), packed(raw, study)
     part = file.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=0) as packing:
         packing.write(lines.encode())
     part.rename(file)
-    for path in gone:
-        path.unlink()
-    for folder in [*{path.parent for path in gone}, raw / study]:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    loose(raw, study).unlink(missing_ok=True)
     return file
 
 
@@ -152,60 +152,45 @@ def _run(cell: dict, folders: dict[str, str]) -> dict:
     return run_cell(cell, folders)
 
 
-def write(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    part.rename(path)
-
-
 def missing(raw: Path, cells: list[dict]) -> list[dict]:
     """The cells that are not there.
 
     Raises:
         SystemExit: one was made with other settings, such as another number of steps.
     """
-    there, left = {}, []
-    for study in {cell["study"] for cell in cells}:
-        there |= by_path(raw, study)
+    there, left = {study: by_name(raw, study) for study in {cell["study"] for cell in cells}}, []
     for cell in cells:
-        path = path_of(raw, cell)
-        if path not in there:
+        name = name_of(cell)
+        if name not in there[cell["study"]]:
             left.append(cell)
-        elif (old := there[path]["cell"]) != cell:
+        elif (old := there[cell["study"]][name]["cell"]) != cell:
             other = ", ".join(f"{key} {old.get(key)}" for key in {**old, **cell} if old.get(key) != cell.get(key))
-            raise SystemExit(f"error: {path} was made with {other}: give another folder with `--raw`.")
+            raise SystemExit(f"error: {name} in {raw} was made with {other}: give another folder with `--raw`.")
     return left
 
 
 def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: int, label: str, run=_run) -> int:
     """Run the cells that are not there, `workers` at a time with one thread each; returns how many failed.
 
-    What fails is named at once and leaves no file, so that the next call tries it again.
+    What fails is named at once and leaves no record, so that the next call tries it again.
     """
     todo, failed, start = missing(raw, cells), 0, time.perf_counter()
     if not todo:
         print(f"{label}: all {len(cells)} cells are in {raw}; to run them anew give another folder with `--raw`.")
         return 0
     os.environ["OMP_NUM_THREADS"] = "1"  # the processes that are started now read it
-    console = Console()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
-    with pool, Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=len(cells), completed=len(cells) - len(todo))
-        futures = {pool.submit(run, cell, folders[cell["task"]]): cell for cell in todo}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
+        futures = {pool.submit(run, cell, folders[cell["task"]]): name_of(cell) for cell in todo}
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                path, error = path_of(raw, futures[future]), future.exception()
-                if error is None:
-                    write(path, future.result())
+                if (error := future.exception()) is None:
+                    write(raw, future.result())
                 else:
                     failed += 1
-                    print(f"failed: {path}: {type(error).__name__}: {error}", flush=True)
-                left = (time.perf_counter() - start) / done * (len(todo) - done)
-                text = f"{label}: {len(cells) - len(todo) + done} of {len(cells)}, {left / 60:.0f} min left"
-                progress.update(task, advance=1, description=text)
-                if not console.is_terminal:
-                    print(f"{text} ({path.name})", flush=True)
+                    print(f"failed: {futures[future]}: {type(error).__name__}: {error}", flush=True)
+                left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+                said = f"{label}: {len(cells) - len(todo) + done} of {len(cells)}, {left:.0f} min left"
+                print(f"{said} ({futures[future]})", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 
 import torch
-from peft import PeftModel
 
 from nspo2_trl import NSPO2DPOTrainer
 
@@ -56,14 +55,6 @@ def skills(prompts: list[str], answers: list[str]) -> dict[str, float]:
     return {"grammar": made.well_formed(prompts, answers), "memory": made.remembered(prompts, answers)}
 
 
-@contextmanager
-def merged(model: PeftModel) -> Iterator[None]:
-    """Without the products of thin matrices each token is cheaper."""
-    model.merge_adapter()
-    yield
-    model.unmerge_adapter()
-
-
 @torch.no_grad()
 def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, adapted: bool) -> list[tuple]:
     """Each of `prompts` with a continuation at temperature 1.
@@ -77,7 +68,7 @@ def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, adapt
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     torch.manual_seed(0)
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": pad, "eos_token_id": end}
-    with merged(model) if adapted else model.disable_adapter():
+    with nullcontext() if adapted else model.disable_adapter():
         found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **how)[:, width:].tolist()
     cut = [row[: row.index(end) + 1] if end in row else row for row in found]
     return list(zip(prompts, cut))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import datasets
 import torch
@@ -39,19 +42,10 @@ SIZES = {
 
 def sized_trainer(cell: dict, length: int, use_cpu: bool, enabled: bool) -> NSPO2DPOTrainer:
     """A randomly initialised model on pairs of `length` tokens, in batches of 4 micro-batches of 2."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[cell["model"]]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    shape = dict(zip((*names, "vocab_size"), SIZES[cell["model"]]))
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-            tie_word_embeddings=True,
-        )
-    )
+    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/quickstart/model")
     stories = datasets.load_dataset(str(ROOT / "recipes/quickstart/data"), split="train[:512]")
     words = [tokenizer.decode(tokenizer("".join(stories["chosen"][i : i + 64]))["input_ids"]) for i in range(64)]
@@ -75,42 +69,31 @@ def sized_trainer(cell: dict, length: int, use_cpu: bool, enabled: bool) -> NSPO
     return NSPO2DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=lora)
 
 
-class Parts:
-    """Clocks that `with` puts around parts of NSPO2: catching samples, moving them, solving; the rest is filtering."""
+PARTS = {
+    "sampling": [],
+    "exchange": [(SampleCollector, "collect"), (Shards, "gather")],
+    "solve": [(CovEstimator, "solve")],
+}
 
-    def __init__(self, trainer: NSPO2DPOTrainer):
-        self.trainer = trainer
-        self.clocks = {name: Stopwatch(trainer.accelerator.device) for name in ("sampling", "exchange", "solve")}
-        trainer.nspo2_samples.stopwatch = self.clocks["sampling"]
 
-    def __enter__(self) -> Parts:
-        self.kept = []
-        for owner, method, part in (
-            (SampleCollector, "collect", "exchange"),
-            (Shards, "gather", "exchange"),
-            (CovEstimator, "solve", "solve"),
-        ):
-            inner = getattr(owner, method)
-            self.kept.append((owner, method, inner))
-            setattr(owner, method, self._timed(inner, self.clocks[part]))
-        return self
+@contextmanager
+def clocks(trainer: NSPO2DPOTrainer) -> Iterator[dict[str, Stopwatch]]:
+    """Clocks around parts of NSPO2, inside the `with`: catching samples, moving them, solving."""
+    found = {name: Stopwatch(trainer.accelerator.device) for name in PARTS}
+    trainer.nspo2_samples.stopwatch = found["sampling"]
+    with ExitStack() as stack:
+        for name, methods in PARTS.items():
+            for owner, method in methods:
+                stack.enter_context(patch.object(owner, method, _timed(getattr(owner, method), found[name])))
+        yield found
 
-    def _timed(self, inner, clock: Stopwatch):
-        def timed(*args, **kwargs):
-            with clock:
-                return inner(*args, **kwargs)
 
-        return timed
+def _timed(inner, clock: Stopwatch):
+    def timed(*args, **kwargs):
+        with clock:
+            return inner(*args, **kwargs)
 
-    def __exit__(self, *_) -> None:
-        for owner, method, inner in self.kept:
-            setattr(owner, method, inner)
-
-    def take(self, steps: int) -> dict[str, float]:
-        """Milliseconds a step by part, since the last call."""
-        found = {name: 1000 * clock.take() / steps for name, clock in self.clocks.items()}
-        found["projection"] = 1000 * self.trainer.nspo2_time.take() / steps - found["exchange"] - found["solve"]
-        return found
+    return timed
 
 
 def timed_step(trainer: NSPO2DPOTrainer, model: nn.Module, batches: list[dict]) -> tuple[float, int]:
@@ -146,22 +129,23 @@ def measure(make, steps: int, label: str) -> dict:
     each = ours.args.gradient_accumulation_steps
     batches = [batch for batch, _ in zip(ours.get_train_dataloader(), range(16 * each))]
     times, peaks = {True: [], False: []}, {True: [], False: []}
-    with Parts(ours) as parts:
+    with clocks(ours) as parts:
         quiet = not ours.accelerator.is_main_process
         for step in track(range(WARM_UP + steps), description=label, disable=quiet):
             first = each * (step % (len(batches) // each))
             if step == WARM_UP:
-                parts.take(1)
+                for clock in (*parts.values(), ours.nspo2_time):
+                    clock.take()
             for enabled in (True, False) if step % 2 else (False, True):
                 seconds, peak = timed_step(trainers[enabled], models[enabled], batches[first : first + each])
                 if step >= WARM_UP:
                     times[enabled].append(seconds)
                     peaks[enabled].append(peak)
-        own = parts.take(steps)
+    own = {name: 1000 * clock.take() / steps for name, clock in (*parts.items(), ("projection", ours.nspo2_time))}
+    own["projection"] -= own["exchange"] + own["solve"]
     ratios = [a / b for a, b in zip(times[True], times[False])]
     low, middle, high = statistics.quantiles(ratios, n=4)
     whole, bounds = ratio_of_sums(times[True], times[False])
-    samples = sum(buffer.nbytes for buffer in ours.nspo2_samples.buffers)
     return {
         "processes": ours.accelerator.num_processes,
         "plain_ms": 1000 * statistics.median(times[False]),
@@ -172,17 +156,15 @@ def measure(make, steps: int, label: str) -> dict:
         "ratio_of_sums_interval": bounds,
         "parts_ms": own,
         "state_mib": ours.nspo2.state_bytes / 2**20,
-        "samples_mib": samples / 2**20,
+        "samples_mib": sum(buffer.nbytes for buffer in ours.nspo2_samples.buffers) / 2**20,
         "peak_more_mib": (statistics.median(peaks[True]) - statistics.median(peaks[False])) / 2**20,
         "rank": ours.nspo2.metrics().get("rank"),
     }
 
 
 def table(cells: list[dict], device: str) -> Table:
-    result = Table(title=f"A training step with and without NSPO2, {device}")
-    for name in ("cell", "plain ms", "NSPO2 ms", "ratio (quartiles)", "sampling", "exchange", "solve", "projection"):
-        result.add_column(name, justify="left" if name == "cell" else "right")
-    result.add_column("state + samples MiB", justify="right")
+    columns = ("cell", "plain ms", "NSPO2 ms", "ratio (quartiles)", "sampling", "exchange", "solve", "projection")
+    result = Table(*columns, "state + samples MiB", title=f"A training step with and without NSPO2, {device}")
     for cell in cells:
         low, high = cell["ratio_quartiles"]
         result.add_row(

@@ -13,15 +13,20 @@ RESAMPLES = 9999
 START = math.log(2)  # held-out loss before training, when policy and reference are the same
 
 
+def _usable(values: Sequence[float], least: int) -> np.ndarray | None:
+    """`values`, or None where there are fewer than `least` or one is not finite: a run diverged."""
+    found = np.asarray(values, dtype=float)
+    return found if len(found) >= least and np.isfinite(found).all() else None
+
+
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """Nominal 95 % bootstrap interval (BCa) of the mean of paired differences, one a seed.
 
-    None for fewer than 3 seeds, and where a run diverged.
-
-    With 10 seeds such an interval covers the truth in 89 % of cases, so that verdicts hang on [`p_value`].
+    None for fewer than 3 seeds, and where a run diverged. With 10 seeds such an interval covers the truth in 89 % of
+    cases, so that verdicts hang on [`p_value`].
     """
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 3 or not np.isfinite(values).all():
+    values = _usable(differences, 3)
+    if values is None:
         return None
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
@@ -55,12 +60,11 @@ def ratio_of_sums(parts: Sequence[float], wholes: Sequence[float]) -> tuple[floa
 def p_value(differences: Sequence[float]) -> float | None:
     """Two-sided p of the sign-flip permutation test, that paired differences have the mean 0.
 
-    Exact for up to 13 differences; for more, of 9,999 random turns.
-
-    None for fewer than 6, of which no signs are rare enough, and where a run diverged.
+    Exact for up to 13 differences; for more, of 9,999 random turns. None for fewer than 6, of which no signs are rare
+    enough, and where a run diverged.
     """
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 6 or not np.isfinite(values).all():
+    values = _usable(differences, 6)
+    if values is None:
         return None
     how = {"permutation_type": "samples", "n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}
     return float(permutation_test((values,), np.mean, **how).pvalue)
@@ -92,8 +96,8 @@ def verdict(differences: Sequence[float], corrected: float | None = None) -> str
 
 def least_found(differences: Sequence[float]) -> float | None:
     """The true mean of differences that such an experiment would find with a chance of about 80 % (t test, 5 %)."""
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 3 or not np.isfinite(values).all():
+    values = _usable(differences, 3)
+    if values is None:
         return None
     free = len(values) - 1
     return float((student.ppf(0.975, free) + student.ppf(0.8, free)) * values.std(ddof=1) / math.sqrt(len(values)))
