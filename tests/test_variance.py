@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from test_lean import make
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import lean, variance, variance_tables
+from bench import convergence, judge, tasks, variance, variance_tables
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 2, 6), (3, 5, 1, 40)])
@@ -74,21 +73,31 @@ def test_planted_noise_and_signal(monkeypatch):
     assert shares["random-4"][0] < 0.1 and abs(shares["random-4"][1]) < 0.1
 
 
-def test_gradients_are_those_of_the_trainer(tmp_path):
-    trainer = make(tmp_path, nspo2_enabled=False)
-    data = lean.load_data(trainer, range(8), tmp_path)
-    points = variance.snapshots(trainer, data)
-    assert list(points) == list(variance.POINTS)
-    params = [p for p in trainer.model.parameters() if p.requires_grad]
-    assert all(torch.equal(a, b) for a, b in zip(points["end"], params))
-    assert not any(torch.equal(a, b) for a, b in zip(points["middle"], points["end"]))
-    rows = list(range(5, 5 + 6 * variance.PAIRS))
-    found = variance.gradients(trainer, data, rows)
-    for i in range(6):
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in rows[i * 4 : (i + 1) * 4]])
-        grads = torch.autograd.grad(trainer.compute_loss(trainer.model, batch), params)
-        for param, grad in zip(params, grads):
-            assert torch.allclose(found[id(param)][i], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+@pytest.fixture(scope="module")
+def trainer():
+    cell = {"method": "plain", "lr": 1e-3, "seed": 0, "steps": 20}
+    return tasks.make_trainer(cell, convergence.QUICKSTART, range(20), stride=tasks.LOOKS)
+
+
+def test_reference_and_gradients_are_those_of_the_trainer(trainer):
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    kept = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+    for known, own in zip(kept, trainer.compute_ref_log_probs(trainer.model, batch)):
+        assert torch.allclose(known, own, rtol=1e-5)
+    rows = trainer.train_dataset[:4]
+    chosen = list(zip(rows["prompt_ids"], rows["chosen_ids"]))
+    assert torch.allclose(judge.log_probs(trainer, chosen, adapted=False), kept[0], rtol=1e-5)
+    points = variance.Snapshots(trainer)
+    trainer.add_callback(points)
+    trainer.train()
+    assert list(points.found) == list(variance.POINTS)
+    assert all(torch.equal(a, b) for a, b in zip(points.found["end"], points.params))
+    assert not any(torch.equal(a, b) for a, b in zip(points.found["middle"], points.found["end"]))
+    first, both = (variance.gradients(trainer, rows) for rows in (range(4), range(8)))
+    for param in points.params:
+        assert both[id(param)].shape == (2, *param.shape) and torch.equal(both[id(param)][0], first[id(param)][0])
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert all(torch.allclose(first[id(p)][0], p.grad, rtol=1e-4, atol=1e-7) for p in points.params)
 
 
 def test_scores_are_ratios_of_sums_over_runs():

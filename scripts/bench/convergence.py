@@ -14,7 +14,7 @@ QUICKSTART = {"model": str(ROOT / "recipes/quickstart/model"), "data": str(ROOT 
 RAW, STEPS = ROOT / "benchmarks/raw", 100
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
-HELP = """Methods x learning rates x paired seeds on tiny models, through a loop that is the trainer's to rounding.
+HELP = """Methods x learning rates x paired seeds on tiny models, each run by the trainer itself.
 
     python scripts/benchmark.py convergence [--phase select|report|all] [--only method=keep,task=quickstart]
     python scripts/benchmark.py convergence --stories_model DIR --stories_data DIR     the second task too
@@ -78,6 +78,8 @@ def run(argv: list[str]) -> int:
     found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")
     found.add_argument("--only", default="", help="key=value,…: only these cells (task, method, lr, seed, role)")
     options = found.parse_args(argv)
+    if options.steps % 20:
+        raise SystemExit(f"error: `--steps` {options.steps}: give a multiple of 20, the number of logs of a run.")
     methods, raw, failed, folders = options.methods, options.raw, 0, _folders(options)
     only = _only(options.only, folders)
 

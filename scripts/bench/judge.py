@@ -10,10 +10,11 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nspo2_trl import NSPO2DPOTrainer
 
-from . import ROOT, lean
+from . import ROOT
 
 HAPPY = frozenset(
     """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
@@ -74,17 +75,34 @@ def draw(trainer: NSPO2DPOTrainer, prompts: list[list[int]], longest: int, adapt
     return list(zip(prompts, cut))
 
 
-def judge(trainer: NSPO2DPOTrainer, data: lean.Data, task: str, number: int) -> dict:
+@torch.no_grad()
+def log_probs(trainer: NSPO2DPOTrainer, rows: list[tuple[list[int], list[int]]], adapted: bool = True) -> torch.Tensor:
+    """(rows,) log-probabilities of answers after their prompts; without `adapted` those of the reference model."""
+    found = []
+    for start in range(0, len(rows), 16):
+        part = rows[start : start + 16]
+        padded = lambda texts, pad: pad_sequence([torch.tensor(t) for t in texts], batch_first=True, padding_value=pad)
+        inputs = {
+            "input_ids": padded([prompt + answer for prompt, answer in part], trainer.processing_class.pad_token_id),
+            "attention_mask": padded([[1] * len(prompt + answer) for prompt, answer in part], 0),
+            "labels": padded([[-100] * len(prompt) + answer for prompt, answer in part], -100),
+        }
+        with nullcontext() if adapted else trainer.model.disable_adapter():
+            found.append(trainer.model(**inputs, fused_lm_head=True).log_probs.sum(1))
+    return torch.cat(found)
+
+
+def judge(trainer: NSPO2DPOTrainer, task: str, number: int) -> dict:
     """Gold score of samples, and KL between the model p and its reference q, of whole answers, in nats.
 
     `kl` is KL(p|q), the mean of log p - log q over the model's samples. `forgotten` is KL(q|p), the mean of
     log q - log p over the reference's: how unlikely what it used to write has become. The quick start has [`skills`].
     """
-    score = gold_score(task)
-    prompts = [pair.prompt for pair in data.held_out[:number]]
-    longest = max(len(answer) for pair in data.train + data.held_out for answer in (pair.chosen, pair.rejected))
+    score, sets = gold_score(task), (trainer.train_dataset, trainer.eval_dataset)
+    prompts = trainer.eval_dataset[:number]["prompt_ids"]
+    longest = max(len(ids) for data in sets for name in ("chosen_ids", "rejected_ids") for ids in data[name])
     drawn, known = (draw(trainer, prompts, longest, adapted) for adapted in (True, False))
-    own, old = (lean.scored(trainer, rows) - lean.scored(trainer, rows, adapted=False) for rows in (drawn, known))
+    own, old = (log_probs(trainer, rows) - log_probs(trainer, rows, adapted=False) for rows in (drawn, known))
     texts, before, beginnings = (
         trainer.processing_class.batch_decode(part, skip_special_tokens=True)
         for part in ([answer for _, answer in drawn], [answer for _, answer in known], prompts)

@@ -10,7 +10,7 @@ from nspo2_trl import NSPO2DPOTrainer
 
 KEEP = {"nspo2_strategy": "keep", "nspo2_projection_rank": 16, "nspo2_covariance": "adapter"}
 FACTORED = {"nspo2_covariance": "factored", "nspo2_projection_rank": 4, "nspo2_max_rank": 8}
-# Options of the trainer; `random` gets its directions in [`preparation`]. A step has 16 pairs in 4 micro-batches.
+# Options of the trainer; `random` gets its directions in [`prepare`]. A step has 16 pairs in 4 micro-batches.
 METHODS = {
     "plain": {},
     "keep": KEEP,
@@ -46,13 +46,10 @@ def options_of(method: str) -> dict:
     return {"nspo2_enabled": "nspo2_strategy" in METHODS[method]} | METHODS[method]
 
 
-def preparation(method: str) -> Callable[[NSPO2DPOTrainer], None] | None:
-    """What [`lean.train`] is to do once optimizer and schedule are there."""
-    return random if method == "random" else None
-
-
-def random(trainer: NSPO2DPOTrainer) -> None:
-    """Random orthonormal directions in the filter, new ones after each eigensolve; how many are the estimate's."""
+def prepare(trainer: NSPO2DPOTrainer, method: str) -> None:
+    """For `random` orthonormal directions in the filter, new ones after each eigensolve; as many as the estimate's."""
+    if method != "random":
+        return
     generator = torch.Generator().manual_seed(trainer.args.seed)
     for part in trainer.nspo2.filters:
         part.head = _random_head(part, part.head, generator)

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from unittest.mock import patch
 
 import datasets
@@ -25,7 +24,6 @@ from nspo2_trl.training.samples import SampleCollector
 from nspo2_trl.training.timing import Stopwatch
 
 from . import ROOT
-from .lean import take_step
 from .stats import ratio_of_sums
 
 WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
@@ -96,21 +94,29 @@ def _timed(inner, clock: Stopwatch):
     return timed
 
 
-def timed_step(trainer: NSPO2DPOTrainer, model: nn.Module, batches: list[dict]) -> tuple[float, int]:
+def take_step(trainer: NSPO2DPOTrainer, model: nn.Module, batches: list[dict]) -> tuple[float, int]:
     """Seconds and, on a GPU, peak bytes of one step, as Trainer takes it, without logging and callbacks of others."""
     cuda = trainer.accelerator.device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
-
-    def passes(batch: dict, last: bool) -> None:
-        trainer.accelerator.gradient_state._set_sync_gradients(last)
-        with trainer.accelerator.accumulate(model) if last else trainer.accelerator.no_sync(model):
-            trainer.training_step(model, dict(batch))
-
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     synchronize()
     start = time.perf_counter()
-    take_step(trainer, [partial(passes, batch, i + 1 == len(batches)) for i, batch in enumerate(batches)])
+    for i, batch in enumerate(batches):
+        last = i + 1 == len(batches)
+        trainer.accelerator.gradient_state._set_sync_gradients(last)
+        with trainer.accelerator.accumulate(model) if last else trainer.accelerator.no_sync(model):
+            trainer.training_step(model, dict(batch))
+        if trainer.nspo2 and not last:
+            trainer.nspo2_samples.next_micro_batch()
+    if trainer.args.max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+    if trainer.nspo2:
+        trainer._nspo2_before_step()
+    trainer.optimizer.step()
+    if trainer.nspo2:
+        trainer._nspo2_after_step()
+    trainer.optimizer.zero_grad()
     synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else 0
 
@@ -137,7 +143,7 @@ def measure(make, steps: int, label: str) -> dict:
                 for clock in (*parts.values(), ours.nspo2_time):
                     clock.take()
             for enabled in (True, False) if step % 2 else (False, True):
-                seconds, peak = timed_step(trainers[enabled], models[enabled], batches[first : first + each])
+                seconds, peak = take_step(trainers[enabled], models[enabled], batches[first : first + each])
                 if step >= WARM_UP:
                     times[enabled].append(seconds)
                     peaks[enabled].append(peak)

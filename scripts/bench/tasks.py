@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+from transformers import PrinterCallback, TrainerCallback
+
 from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.cli.train import build, parse
 
-from . import ROOT, lean
+from . import ROOT
 from .judge import judge
-from .methods import options_of, preparation
+from .methods import options_of, prepare
 
-CACHE = ROOT / "out/bench_cache"
+LOOKS = 20  # logs per run
 
 
-def make_trainer(cell: dict, folders: dict[str, str]) -> NSPO2DPOTrainer:
+class Clock(TrainerCallback):
+    """Seconds of the processor, in the steps alone."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.process_time() - self.start
+
+
+def make_trainer(cell: dict, folders: dict[str, str], held_out: range, stride: int = 1) -> NSPO2DPOTrainer:
     """The trainer of a cell, from the quick start's recipe: 4 micro-batches of 4 pairs, LoRA 8 on all linear layers.
 
+    The reference's log-probabilities are computed once for all runs: they depend on base model and pairs alone.
+
     Args:
-        cell: see [`grid`]. folders: `model` and `data` of the task.
+        cell: see [`grid`]. folders: `model` and `data` of the task. held_out: rows of the test split, as far as there
+            are. stride: of the `LOOKS` logs of a run each `stride`-th has an evaluation.
     """
     options = {
         "model_name_or_path": folders["model"],
@@ -32,13 +50,29 @@ def make_trainer(cell: dict, folders: dict[str, str]) -> NSPO2DPOTrainer:
         "seed": cell["seed"],
         "max_steps": cell["steps"],
         "warmup_steps": math.ceil(0.05 * cell["steps"]),
+        "logging_steps": cell["steps"] // LOOKS,
+        "eval_steps": cell["steps"] // LOOKS * stride,
+        "per_device_eval_batch_size": 10,
+        "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
         "output_dir": str(Path(tempfile.gettempdir()) / "nspo2_bench"),  # nothing is written there
         **options_of(cell["method"]),
     }
     argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    return build(*parse(["--config", str(ROOT / "recipes/quickstart/dpo.yaml"), *argv]))
+    trainer = build(*parse(["--config", str(ROOT / "recipes/quickstart/dpo.yaml"), *argv]))
+    rows = [row for row in held_out if row < len(trainer.eval_dataset)]
+    if not rows:
+        raise ValueError(f"The test split has {len(trainer.eval_dataset)} pairs, none in {held_out}: add pairs.")
+    weights = hashlib.sha256()
+    for key, value in trainer.model.state_dict().items():
+        if "lora_" not in key:
+            weights.update(value.float().numpy().tobytes())
+    trainer._precompute_model_hash, trainer.precompute_ref_logps = weights.hexdigest(), True
+    trainer.train_dataset = trainer._precompute_ref_logps(trainer.train_dataset, "train", 16)
+    trainer.eval_dataset = trainer._precompute_ref_logps(trainer.eval_dataset.select(rows), "test", 16)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def short(value):
@@ -51,28 +85,31 @@ def short(value):
 
 
 def run_cell(cell: dict, folders: dict[str, str]) -> dict:
-    """Train and judge one cell; gives what its file holds. Seconds are of the processor, not of the clock.
+    """Train and judge one cell; gives its record. Seconds are of the processor, not of the clock.
 
     A cell that only helps to choose a rate (`role` "select") is evaluated 4 times, not 10, and draws no samples.
     """
-    start, report = time.process_time(), cell["role"] == "report"
-    trainer = make_trainer(cell, folders)
-    number = cell["held_out"]  # rates are not chosen on the pairs that are reported
-    data = lean.load_data(trainer, range(number) if report else range(number, 2 * number), CACHE)
-    run = lean.train(trainer, data, stride=2 if report else 5, prepare=preparation(cell["method"]))
-    figures = {}
+    start, report, number = time.process_time(), cell["role"] == "report", cell["held_out"]
+    # rates are not chosen on the pairs that are reported
+    held_out = range(number) if report else range(number, 2 * number)
+    trainer, clock = make_trainer(cell, folders, held_out, stride=2 if report else 5), Clock()
+    trainer.add_callback(clock)
+    prepare(trainer, cell["method"])
+    trainer.train()
+    log, figures = trainer.state.log_history, {}
+    evals = [entry for entry in log if "eval_loss" in entry]
+    keys = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
     for name in ("variance_reduction", "rank", "bias", "noise_scale"):
-        values = [entry[name] for entry in run.figures if name in entry]
-        if values:
+        if values := [entry[f"nspo2/{name}"] for entry in log if f"nspo2/{name}" in entry]:
             figures[name] = sum(values) / len(values)
-    finite = math.isfinite(run.curve[-1]["loss"])  # a model that diverged writes nothing
+    finite = math.isfinite(evals[-1]["eval_loss"])  # a model that diverged writes nothing
     found = {
         "cell": cell,
         "pairs_a_step": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
-        "curve": {name: [point[name] for point in run.curve] for name in run.curve[0]},
-        "samples": judge(trainer, data, cell["task"], cell["samples"]) if report and finite else {},
+        "curve": {name: [entry[key] for entry in evals] for name, key in ({"step": "step"} | keys).items()},
+        "samples": judge(trainer, cell["task"], cell["samples"]) if report and finite else {},
         "nspo2": figures,
-        "ms_a_step": 1000 * run.seconds / cell["steps"],
+        "ms_a_step": 1000 * clock.seconds / cell["steps"],
         "seconds": time.process_time() - start,
         "versions": {name: version(name) for name in ("torch", "trl", "peft", "nspo2_trl")},
     }

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from itertools import count
 
 import torch
 import torch.nn.functional as F
+from transformers import TrainerCallback
 
 from nspo2_trl import NSPO2Config, NSPO2DPOTrainer
 from nspo2_trl.engine.projection import coordinates, restrict
@@ -22,7 +22,7 @@ from nspo2_trl.engine.strategies import select
 from nspo2_trl.layout.adapters import lora_blocks
 from nspo2_trl.projections.noise import NoiseProjection
 
-from . import lean
+from .tasks import LOOKS, make_trainer, short
 
 PAIRS = 4  # a micro-batch
 POINTS = {"start": 0.0, "early": 0.1, "middle": 0.5, "end": 1.0}
@@ -30,29 +30,28 @@ RANKS = {"adapter": [1, 4, 16, 32, 64], "factored": [1, 2, 4, 8]}
 STRATEGIES = ("keep", "noise", "hybrid", "random")
 
 
-def snapshots(trainer: NSPO2DPOTrainer, data: lean.Data) -> dict[str, list[torch.Tensor]]:
-    """The trained parameters at each of `POINTS` of a plain run."""
-    params = [p for p in trainer.model.parameters() if p.requires_grad]
-    wanted = {round(share * trainer.args.max_steps): name for name, share in POINTS.items()}
-    found, steps = {wanted[0]: [p.detach().clone() for p in params]}, count(1)
+class Snapshots(TrainerCallback):
+    """The trained parameters at each of `POINTS` of a run."""
 
-    def keep(*_):
-        if (step := next(steps)) in wanted:
-            found[wanted[step]] = [p.detach().clone() for p in params]
+    def __init__(self, trainer: NSPO2DPOTrainer):
+        self.params = [p for p in trainer.model.parameters() if p.requires_grad]
+        self.wanted = {round(share * trainer.args.max_steps): name for name, share in POINTS.items()}
+        self.found = {"start": [p.detach().clone() for p in self.params]}
 
-    hook = lambda trainer: trainer.optimizer.register_step_post_hook(keep)
-    lean.train(trainer, data, stride=lean.LOOKS, prepare=hook)
-    return found
+    def on_step_end(self, args, state, control, **kwargs):
+        if name := self.wanted.get(state.global_step):
+            self.found[name] = [p.detach().clone() for p in self.params]
 
 
-def gradients(trainer: NSPO2DPOTrainer, data: lean.Data, rows: list[int]) -> dict[int, torch.Tensor]:
+def gradients(trainer: NSPO2DPOTrainer, rows: list[int]) -> dict[int, torch.Tensor]:
     """By `id` of a LoRA matrix its gradient in each micro-batch of `PAIRS` of the `rows`, (n, *shape)."""
     params = [p for p in trainer.model.parameters() if p.requires_grad]
     found = {id(p): torch.zeros(len(rows) // PAIRS, *p.shape) for p in params}
     for i in range(len(rows) // PAIRS):
-        lean.backward(trainer, data, rows[i * PAIRS : (i + 1) * PAIRS])
-        for p in params:
-            found[id(p)][i], p.grad = p.grad, None
+        batch = [trainer.train_dataset[row] for row in rows[i * PAIRS : (i + 1) * PAIRS]]
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(batch))
+        for p, grad in zip(params, torch.autograd.grad(loss, params)):
+            found[id(p)][i] = grad
     return found
 
 
@@ -107,21 +106,19 @@ def measure(noise: NoiseProjection, fit: dict, fresh: dict, covariance: str, gen
 
 
 def run_cell(cell: dict, folders: dict[str, str]) -> dict:
-    """One run's figures at all points; what its file holds."""
-    from .tasks import CACHE, make_trainer, short
-
-    start, trainer = time.process_time(), make_trainer(cell, folders)
-    data = lean.load_data(trainer, range(50), CACHE)
-    params = [p for p in trainer.model.parameters() if p.requires_grad]
-    points = snapshots(trainer, data)
+    """One run's figures at all points; its record."""
+    start, trainer = time.process_time(), make_trainer(cell, folders, range(50), stride=LOOKS)
+    points = Snapshots(trainer)
+    trainer.add_callback(points)
+    trainer.train()
     generator = torch.Generator().manual_seed(cell["seed"])
-    order = torch.randperm(len(data.train), generator=generator).tolist()
+    order = torch.randperm(len(trainer.train_dataset), generator=generator).tolist()
     split, end = cell["fit"] * PAIRS, (cell["fit"] + cell["fresh"]) * PAIRS
     found = {}
-    for name, values in points.items():
+    for name, values in points.found.items():
         with torch.no_grad():
-            torch._foreach_copy_(params, values)
-        fit, fresh = (gradients(trainer, data, rows) for rows in (order[:split], order[split:end]))
+            torch._foreach_copy_(points.params, values)
+        fit, fresh = (gradients(trainer, rows) for rows in (order[:split], order[split:end]))
         for covariance in RANKS:
             noise = NoiseProjection(lora_blocks(trainer.model), NSPO2Config(covariance=covariance))
             found[f"{name} {covariance}"] = measure(noise, fit, fresh, covariance, generator)
