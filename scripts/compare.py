@@ -23,7 +23,11 @@ from rich.table import Table
 from torch import nn
 
 from nspo2_trl import create_nspo2_optimizer, get_default_config
-from nspo2_trl.cli import runs
+
+try:
+    from nspo2_trl.cli import plots, runs
+except ImportError:
+    sys.exit('error: the plots need matplotlib: pip install -e ".[plot]"')
 from nspo2_trl.cli.panels import PANELS
 from nspo2_trl.cli.report import summary, write_page
 
@@ -45,7 +49,7 @@ def quadratic(method: str, seed: int, steps: int, inside: bool, dim: int = 200, 
     config.sentinel = False  # it would change the strategies that are compared
     optimizer = create_nspo2_optimizer([weight], torch.optim.SGD, {"lr": 0.02}, config)
     optimizer.set_enabled(method != "plain")
-    log, spectra, start = [], [], time.perf_counter()
+    log, start = [], time.perf_counter()
     for step in range(1, steps + 1):
         noise = directions @ torch.randn(noisy) * 5 + 0.1 * torch.randn(dim)
         weight.grad = weight.detach() - optimum + noise
@@ -56,34 +60,24 @@ def quadratic(method: str, seed: int, steps: int, inside: bool, dim: int = 200, 
             if method != "plain":
                 entry |= {f"nspo2/{name}": value for name, value in optimizer.nspo2.metrics().items()}
             log += [entry, {"step": step, "eval_loss": loss}]
-            if method != "plain" and step % 50 == 0:
-                spectra.append((step, optimizer.nspo2.spectrum()))
     run = runs.of(log, method)
-    run.spectra = spectra
+    run.spectra = [] if method == "plain" else [(steps, optimizer.nspo2.spectrum())]
     return run
 
 
 def recipe(method: str, seed: int, options: list[str], folder: Path) -> runs.Run:
     """One run of a recipe through the trainer."""
-    from transformers import TrainerCallback
-
     from nspo2_trl.cli.train import build, parse
-
-    class Spectrum(TrainerCallback):
-        def on_log(self, args, state, control, **kwargs):
-            found = trainer.nspo2.spectrum() if trainer.nspo2 else []
-            if any(found):
-                spectra.append((state.global_step, found))
 
     extra = ["--seed", str(seed), "--output_dir", str(folder / f"{method}-{seed}"), "--save_strategy", "no"]
     extra += ["--nspo2_enabled", "false"] if method == "plain" else ["--nspo2_strategy", method]
     parsed = parse([*options, *extra])
     parsed[1].eval_on_start = parsed[1].eval_strategy != "no"
-    spectra, trainer = [], build(*parsed)
-    trainer.add_callback(Spectrum())
+    trainer = build(*parsed)
     trainer.train()
     run = runs.of(trainer.state.log_history, method)
-    run.spectra = spectra
+    if trainer.nspo2 and any(found := trainer.nspo2.spectrum()):
+        run.spectra = [(trainer.state.global_step, found)]
     return run
 
 
@@ -100,19 +94,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{options[0]} is no option without --recipe")
     if args.output_dir.is_file():
         parser.error(f"--output_dir {str(args.output_dir)!r} is a file: choose a folder, it will be made")
-    try:
-        from nspo2_trl.cli import plots
-    except ImportError:
-        sys.exit('error: the plots need matplotlib: pip install -e ".[plot]"')
     seeds = args.seeds or ([0] if args.recipe else list(range(5)))
     torch.set_num_threads(1)
     found: dict[str, list[runs.Run]] = {method: [] for method in args.methods}
+    one = partial(quadratic, steps=args.steps, inside=args.signal == "inside")
+    if args.recipe is not None:
+        one = partial(recipe, options=["--config", str(args.recipe), *options], folder=args.output_dir)
     for seed, method in track([(seed, method) for seed in seeds for method in args.methods], "Comparing"):
-        if args.recipe is None:
-            found[method].append(quadratic(method, seed, args.steps, args.signal == "inside"))
-        else:
-            recipe_options = ["--config", str(args.recipe), *options]
-            found[method].append(recipe(method, seed, recipe_options, args.output_dir))
+        found[method].append(one(method, seed))
     title = f"NSPO2 on {args.recipe or f'a noisy quadratic, signal {args.signal} the noisy directions'}"
     means = [runs.average(found[method], method, i) for i, method in enumerate(args.methods)]
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -120,8 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     write_page(means, page, title)
     shown = [p for p in PANELS if p.key in SHOWN and any(run.has(key) for run in means for key in p.lines)]
     parts = [(panel.title, partial(plots.panel_on, panel=panel, runs=means)) for panel in shown]
-    if spectra := [run for run in means if run.spectra][-1:]:
-        parts.append((f"Eigenvalues of the noise ({spectra[0].name})", partial(plots.spectrum_on, runs=spectra)))
+    if any(run.spectra for run in means):
+        parts.append(("Eigenvalues of the noise at the end", partial(plots.spectrum_on, runs=means)))
     plots.picture(png, title, parts, means)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     settings |= {"seeds": seeds, "options": options, "recipe_text": args.recipe and args.recipe.read_text()}

@@ -41,12 +41,9 @@ def of_sums(statistic: Callable, *figures: Sequence[float]) -> tuple[float, tupl
     """
     values = [np.asarray(figure, dtype=float) for figure in figures]
     found = float(statistic(*(value.sum() for value in values)))
-    if len(values[0]) < 3 or not np.isfinite(values).all():
+    if any(_usable(value, 3) is None for value in values):
         return found, None
-
-    def resampled(*values, axis):
-        return statistic(*(value.sum(axis) for value in values))
-
+    resampled = lambda *values, axis: statistic(*(value.sum(axis) for value in values))
     how = {"paired": True, "method": "percentile", "n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}
     bounds = bootstrap(values, resampled, **how).confidence_interval
     return found, (float(bounds.low), float(bounds.high))
@@ -144,7 +141,6 @@ def gold_at_equal_kl(kl: np.ndarray, gold: np.ndarray, plain_kl: np.ndarray, pla
     if len(reach) < 2 or len(kl) < 3 or not reach.min() <= kl.mean() <= reach.max():
         return None
     seeds = np.arange(len(kl))
-    found = bootstrap(
-        (seeds,), gain, n_resamples=1999, vectorized=False, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
+    how = {"n_resamples": 1999, "vectorized": False, "method": "percentile", "rng": np.random.default_rng(0)}
+    found = bootstrap((seeds,), gain, **how).confidence_interval
     return gain(seeds), (float(found.low), float(found.high))

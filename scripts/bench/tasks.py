@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from nspo2_trl import NSPO2DPOTrainer
@@ -64,15 +68,28 @@ def make_trainer(cell: dict, folders: dict[str, str], held_out: range, stride: i
     rows = [row for row in held_out if row < len(trainer.eval_dataset)]
     if not rows:
         raise ValueError(f"The test split has {len(trainer.eval_dataset)} pairs, none in {held_out}: add pairs.")
-    weights = hashlib.sha256()
-    for key, value in trainer.model.state_dict().items():
-        if "lora_" not in key:
-            weights.update(value.float().numpy().tobytes())
-    trainer._precompute_model_hash, trainer.precompute_ref_logps = weights.hexdigest(), True
-    trainer.train_dataset = trainer._precompute_ref_logps(trainer.train_dataset, "train", 16)
-    trainer.eval_dataset = trainer._precompute_ref_logps(trainer.eval_dataset.select(rows), "test", 16)
+    trainer.train_dataset = _with_reference(trainer, trainer.train_dataset)
+    trainer.eval_dataset = _with_reference(trainer, trainer.eval_dataset.select(rows))
+    trainer.precompute_ref_logps = True
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _with_reference(trainer: NSPO2DPOTrainer, dataset: Dataset) -> Dataset:
+    """`dataset` with the reference's log-probabilities, kept in a file that is named after base model and pairs."""
+    name = hashlib.sha256(repr(dataset[:]).encode())
+    for key, value in trainer.model.state_dict().items():
+        if "lora_" not in key:
+            name.update(value.float().numpy().tobytes())
+    path = ROOT / f"out/bench_cache/{name.hexdigest()[:20]}.pt"
+    if not path.exists():
+        batches = DataLoader(dataset, 16, collate_fn=trainer.data_collator)
+        found = [torch.stack(trainer.compute_ref_log_probs(trainer.model, batch)) for batch in batches]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.cat(found, 1), part := path.with_suffix(f".{os.getpid()}"))
+        part.rename(path)
+    chosen, rejected = torch.load(path).tolist()
+    return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
 
 def short(value):
