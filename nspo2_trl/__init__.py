@@ -31,14 +31,8 @@ _NEEDS_TRL = {
     "NSPO2DPOTrainer": "training.dpo",
     "attach_nspo2": "training.attach",
     "retain_adapter": "training.retain",
-    "NSPO2GRPOConfig": "training.trainers",
-    "NSPO2GRPOTrainer": "training.trainers",
-    "NSPO2KTOConfig": "training.trainers",
-    "NSPO2KTOTrainer": "training.trainers",
-    "NSPO2RewardConfig": "training.trainers",
-    "NSPO2RewardTrainer": "training.trainers",
-    "NSPO2SFTConfig": "training.trainers",
-    "NSPO2SFTTrainer": "training.trainers",
+    **{f"NSPO2{kind}Config": "training.trainers" for kind in ("GRPO", "KTO", "Reward", "SFT")},
+    **{f"NSPO2{kind}Trainer": "training.trainers" for kind in ("GRPO", "KTO", "Reward", "SFT")},
 }
 
 __all__ = [

@@ -75,8 +75,12 @@ def parse(argv: list[str]) -> tuple:
         ValueError: a key of the YAML file that no field has, or a bad value.
         FileNotFoundError: the YAML file is missing.
     """
+
+    def refuse(message: str) -> NoReturn:  # in one sentence, without pages of usage
+        raise ValueError(message)
+
     parser = make_parser()
-    parser.error = _raise  # type: ignore[method-assign]  # one sentence, not pages of usage
+    parser.error = refuse  # type: ignore[method-assign]
     if not argv:
         raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -94,23 +98,24 @@ def parse(argv: list[str]) -> tuple:
     try:
         script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
     except ValueError as error:
-        if "bf16/gpu" in str(error):
-            raise ValueError(
-                "`bf16`: there is no GPU here that can; on a CPU add `--use_cpu true --bf16 false`."
-            ) from error
-        raise
-    if model_args.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
+        if "bf16/gpu" not in str(error):
+            raise
+        raise ValueError(
+            "`bf16`: there is no GPU here that can; on a CPU add `--use_cpu true --bf16 false`."
+        ) from error
     model = model_args.model_name_or_path
+    if model is None:
+        raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise FileNotFoundError(f"`model_name_or_path`: there is no folder {model!r}.")
     if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
-    if Path(args.output_dir).is_file():
-        raise ValueError(f"`output_dir` {args.output_dir!r} is a file: choose a folder, it will be made.")
-    there = next(folder for folder in Path(args.output_dir).absolute().parents if folder.exists())
+    out = Path(args.output_dir)
+    if out.is_file():
+        raise ValueError(f"`output_dir` {str(out)!r} is a file: choose a folder, it will be made.")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
     if not os.access(there, os.W_OK) or not there.is_dir():
-        raise ValueError(f"`output_dir` {args.output_dir!r} cannot be made in {str(there)!r}: choose another folder.")
+        raise ValueError(f"`output_dir` {str(out)!r} cannot be made in {str(there)!r}: choose another folder.")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(args, name)}.")
@@ -127,8 +132,8 @@ def _check_keys(path: Path, parser: TrlParser) -> None:
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    known = [*actions, "env"]
     refuse_removed(recipe, prefix="nspo2_")
+    known = [*actions, "env"]
     for key, value in recipe.items():
         if key not in known:
             raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
@@ -136,33 +141,26 @@ def _check_keys(path: Path, parser: TrlParser) -> None:
             raise ValueError(f"The recipe {str(path)!r}: `{key}` must be a number, got {value!r}.")
 
 
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
 def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
     """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last one in `output_dir`."""
-    wanted, (found, half) = args.resume_from_checkpoint, last_whole(str(args.output_dir))
-    if wanted is None or str(wanted).lower() in ("false", "no"):
+    found, half = last_whole(str(args.output_dir))
+    wanted = str(args.resume_from_checkpoint or False)
+    if wanted.lower() in ("false", "no"):
         if found is not None:
             raise ValueError(
                 f"`output_dir`: {found!r} is of an earlier run. Add `--resume_from_checkpoint true` to go on with it, "
                 "or choose another `--output_dir` to start anew."
             )
         return None
-    if str(wanted).lower() not in ("true", "yes", "last"):
+    if wanted.lower() not in ("true", "yes", "last"):
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
         refuse_half(wanted)
         return wanted
     if found is None:
-        if half:
-            raise ValueError(
-                f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no whole checkpoint: {half}. "
-                "Leave it out to start anew."
-            )
+        lacks = f"whole checkpoint: {half}. Leave" if half else "checkpoint: leave"
         raise ValueError(
-            f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no checkpoint: leave it out to start anew."
+            f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no {lacks} it out to start anew."
         )
     return found
 

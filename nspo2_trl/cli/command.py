@@ -20,8 +20,6 @@ HELP = """usage: nspo2 COMMAND [options]
 `nspo2 COMMAND --help` says more, `nspo2 --version` which version this is."""
 
 
-COMMANDS = ["train", "retain", "report", "env"]
-
 
 def main(argv: list[str] | None = None) -> None:
     try:
@@ -38,22 +36,12 @@ def run(argv: list[str] | None) -> None:
         print(HELP)
     elif command == "--version":
         print(version("nspo2_trl"))
-    elif command == "train":
-        train(rest)
-    elif command == "retain":
-        from .retain import main as retain
-
-        retain(rest)
-    elif command == "report":
-        from .report import main as report
-
-        report(rest)
-    elif command == "env":
-        env(rest)
+    elif command in COMMANDS:
+        COMMANDS[command](rest)
     else:
         from .data import nearest
 
-        sys.exit(f"error: there is no command `nspo2 {command}`.{nearest(command, COMMANDS)}\n\n{HELP}")
+        sys.exit(f"error: there is no command `nspo2 {command}`.{nearest(command, list(COMMANDS))}\n\n{HELP}")
 
 
 # ---- nspo2 train ----
@@ -93,6 +81,18 @@ def train(argv: list[str]) -> None:
     os.execv(sys.executable, command)  # the launcher in the place of this process, so that signals reach it
 
 
+def retain(argv: list[str]) -> None:
+    from .retain import main as retain_here
+
+    retain_here(argv)
+
+
+def report(argv: list[str]) -> None:
+    from .report import main as report_here
+
+    report_here(argv)
+
+
 # ---- nspo2 env ----
 
 
@@ -114,12 +114,11 @@ def packages() -> list[tuple[str, str, str, bool]]:
 
 
 def env(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nspo2 env",
-        description="Versions and devices of this machine, and which ways of training are supported on it. "
-        "Nothing is downloaded or changed, no secrets are read. Paste it into a bug report.",
+    words = (
+        "Versions and devices of this machine, and which ways of training are supported on it. Nothing is downloaded "
     )
-    parser.parse_args(argv)
+    words += "or changed, no secrets are read. Paste it into a bug report."
+    argparse.ArgumentParser(prog="nspo2 env", description=words).parse_args(argv)
     import torch
 
     print(f"nspo2_trl {version('nspo2_trl')}, Python {platform.python_version()}, {platform.platform()}")
@@ -150,3 +149,6 @@ def env(argv: list[str]) -> None:
     print("\nEnvironment")
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WORLD_SIZE", "ACCELERATE_CONFIG_FILE"):
         print(f"  {name:<22} {os.environ.get(name, '-')}")
+
+
+COMMANDS = {"train": train, "retain": retain, "report": report, "env": env}

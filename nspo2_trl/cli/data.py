@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
@@ -18,21 +19,18 @@ HELD_OUT = 0.05  # share of the data that is held out where it has no test split
 ROWS_AT_ONCE = 1000
 
 
+def _column(what: str, name: str) -> Any:
+    words = f"Column that holds the {what}, where it is not called `{name}`."
+    return field(default=None, metadata={"help": words})
+
+
 @dataclass
 class NSPO2ScriptArguments(ScriptArguments):
-    r"""
-    TRL's [`~trl.ScriptArguments`], and what the columns of the dataset are called where DPO's names do not fit.
-    """
+    r"""TRL's [`~trl.ScriptArguments`], and what the dataset's columns are called where DPO's names do not fit."""
 
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the prompt, where it is not called `prompt`."}
-    )
-    chosen_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the better answer, where it is not called `chosen`."}
-    )
-    rejected_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the worse answer, where it is not called `rejected`."}
-    )
+    prompt_column: str | None = _column("prompt", "prompt")
+    chosen_column: str | None = _column("better answer", "chosen")
+    rejected_column: str | None = _column("worse answer", "rejected")
 
 
 def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: DatasetMixtureConfig) -> tuple:
@@ -83,10 +81,8 @@ def rename_columns(dataset: Dataset | IterableDataset, script_args: NSPO2ScriptA
     names = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them
     for source, target in wanted.items():
         if source not in names:
-            raise ValueError(
-                f"`{target}_column`: the dataset has no column {source!r}, it has {', '.join(names)}."
-                f"{nearest(source, names)}"
-            )
+            there = f"the dataset has no column {source!r}, it has {', '.join(names)}."
+            raise ValueError(f"`{target}_column`: {there}{nearest(source, names)}")
     in_the_way = [target for target in wanted.values() if target in names and target not in wanted]
     moved = {source: target for source, target in wanted.items() if source != target}
     # by way of names that nothing has, since two columns may change places
@@ -104,19 +100,15 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, progress: bool = F
     columns = [column for column in ("prompt", "chosen", "rejected") if column in first]
     if "chosen" not in columns:  # tokenized already
         return
-    if isinstance(dataset, IterableDataset):
-        batches = [{column: [value] for column, value in first.items()}]
-    else:
-        batches = dataset.select_columns(columns).iter(ROWS_AT_ONCE)
-        batches = tqdm(
-            batches, "Checking rows", -(-len(dataset) // ROWS_AT_ONCE), leave=False, delay=2, disable=not progress
-        )
+    batches: Iterable = [{column: [value] for column, value in first.items()}]
+    if isinstance(dataset, Dataset):
+        parts, number = dataset.select_columns(columns).iter(ROWS_AT_ONCE), -(-len(dataset) // ROWS_AT_ONCE)
+        batches = tqdm(parts, "Checking rows", number, leave=False, delay=2, disable=not progress)
     number = same = 0
     for batch in batches:
         for values in zip(*(batch[column] for column in columns)):
             row = dict(zip(columns, values))
-            fault = _fault(row)
-            if fault:
+            if fault := _fault(row):
                 raise ValueError(f"The dataset `{name}`, row {number} (the first is 0): {fault}.")
             number += 1
             same += row["chosen"] == row["rejected"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -36,12 +37,12 @@ RC: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.formatter.limits": (-3, 5),
-    "axes.prop_cycle": matplotlib.cycler(color=[light for light, _ in COLORS]),
+    "axes.prop_cycle": cycler(color=[light for light, _ in COLORS]),
     "grid.alpha": 0.15,
     "grid.linewidth": 0.7,
 }
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-SVG = RC | {"svg.fonttype": "none", "axes.prop_cycle": matplotlib.cycler(color=PLACEHOLDERS)}
+SVG = RC | {"svg.fonttype": "none", "axes.prop_cycle": cycler(color=PLACEHOLDERS)}
 SVG |= dict.fromkeys(INKED, INK)
 
 # ---- on an axis ----

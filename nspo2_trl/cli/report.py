@@ -87,51 +87,41 @@ def write_page(runs: Sequence[Run], path: Path, title: str = "") -> None:
     learning: list[str] = []
     filtering: list[str] = []
     missing: list[str] = []
+
+    def add(place: list[str], key: str, name: str, svg: str | None, caption: str) -> None:
+        if svg is None:
+            return missing.append(name)
+        below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+        place.append(f'<figure id="{key}"><h3>{html.escape(name)}</h3>{svg}{below}</figure>')
+
     for panel in PANELS:
         place = learning if panel.by_time else filtering
-        for by_time in [False, True][: 1 + panel.by_time]:
-            svg = plots.draw(panel, runs, by_time)
-            name = f"{panel.title}, against time" if by_time else panel.title
-            if svg is None:
-                missing.append(name)
-            else:
-                place.append(_figure(f"{panel.key}{'-time' * by_time}", name, svg, "" if by_time else panel.caption))
-    svg = plots.draw_spectrum(runs)
-    if svg is None:
-        missing.append("Eigenvalues of the noise")
-    else:
-        steps = "; ".join(f"{run.name}: {', '.join(str(s) for s, _ in run.spectra)}" for run in runs if run.spectra)
-        caption = f"Mean over adapters, the later the stronger. {steps}."
-        filtering.append(_figure("spectrum", "Eigenvalues of the noise", svg, caption))
+        add(place, panel.key, panel.title, plots.draw(panel, runs), panel.caption)
+        if panel.by_time:
+            add(place, f"{panel.key}-time", f"{panel.title}, against time", plots.draw(panel, runs, True), "")
+    steps = "; ".join(f"{run.name}: {', '.join(str(s) for s, _ in run.spectra)}" for run in runs if run.spectra)
+    caption = f"Mean over adapters, the later the stronger. {steps}."
+    add(filtering, "spectrum", "Eigenvalues of the noise", plots.draw_spectrum(runs), caption)
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     if any(run.clock for run in runs):
         how = "Time is that of the training steps, without evaluation and saving"
         notes.insert(0, f"{how}; after a run’s last log entry it goes on at that entry’s pace.")
     if missing:
         notes.append(f"Not logged in {'these runs' if len(runs) > 1 else 'this run'}: {', '.join(missing)}.")
-    legend = "".join(_named(run, plots.swatch(run.index)) for run in runs)
+    named = (f'<span class="swatch">{plots.swatch(run.index)}{html.escape(run.name)}</span>' for run in runs)
     page = PAGE.format(
         own=OWN,
         title=html.escape(title or "NSPO2 report: " + ", ".join(run.name for run in runs)),
         light=" ".join(f"--run-{i}: {light};" for i, (light, _) in enumerate(plots.COLORS)),
         dark=" ".join(f"--run-{i}: {dark};" for i, (_, dark) in enumerate(plots.COLORS)),
         table=_table(runs),
-        legend=f'<p class="legend">{legend}</p>',
+        legend=f'<p class="legend">{"".join(named)}</p>',
         learning="\n".join(learning),
         filtering=f'<h2>What NSPO2 did</h2>\n<div class="panels">{"".join(filtering)}</div>' if filtering else "",
         notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
-
-
-def _named(run: Run, swatch: str) -> str:
-    return f'<span class="swatch">{swatch}{html.escape(run.name)}</span>'
-
-
-def _figure(key: str, title: str, svg: str, caption: str) -> str:
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure id="{key}"><h3>{html.escape(title)}</h3>{svg}{below}</figure>'
 
 
 def summary(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -167,12 +157,9 @@ def _table(runs: Sequence[Run]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nspo2 report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="OUT", help="a run's output_dir, or a trainer_state.json"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="nspo2 report", description=__doc__, formatter_class=raw)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="an output_dir, or a trainer_state.json")
     parser.add_argument("-o", "--output", type=Path, help="the page; default: report.html in the first OUT")
     parser.add_argument("--names", nargs="+", help="what to call the runs; default: their folders' names")
     args = parser.parse_args(argv)

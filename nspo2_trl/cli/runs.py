@@ -72,8 +72,7 @@ def number(value: Any) -> float:
 
 def unit_of(seconds: float) -> tuple[int, str]:
     """The unit, in seconds, that a time of this length is best read in, and its symbol."""
-    units = [(180, 1, "s"), (180 * 60, 60, "min")]
-    return next(((unit, word) for limit, unit, word in units if seconds < limit), (3600, "h"))
+    return (1, "s") if seconds < 180 else (60, "min") if seconds < 180 * 60 else (3600, "h")
 
 
 # ---- reading ----
@@ -177,8 +176,8 @@ def _add_spectra(run: Run, states: list[tuple[int, Path]]) -> None:
     found = [(step, file) for step, file in states if file.is_file()]
     if not found:
         run.notes.append(f"it has no checkpoint with an {NSPO2_STATE_NAME}, so it is not in the plot of eigenvalues.")
-    picked = {round(i * (len(found) - 1) / (SPECTRA - 1)): None for i in range(SPECTRA if found else 0)}
-    for step, file in (found[i] for i in picked):
+    for i in sorted({round(i * (len(found) - 1) / (SPECTRA - 1)) for i in range(SPECTRA if found else 0)}):
+        step, file = found[i]
         try:
             shares = spectrum(file)
         except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError):

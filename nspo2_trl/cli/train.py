@@ -22,16 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from transformers import ProgressCallback
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    RichProgressCallback,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import DatasetMixtureConfig, ModelConfig, RichProgressCallback, get_peft_config, get_quantization_config
 
-from ..metrics import METRICS
-from ..training.card import means
+from ..training.card import means, measured
 from ..training.checkpoints import CheckpointError, last_checkpoint, last_whole
 from ..training.dpo import NSPO2DPOTrainer
 from ..training.options import NSPO2DPOConfig
@@ -101,24 +94,17 @@ def report(trainer: NSPO2DPOTrainer) -> None:
     evals = [entry for entry in history if "eval_loss" in entry]
     if evals:
         size = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else "some"
-        table = Table(title=f"{size} held-out pairs, {trainer.state.global_step} steps")
-        for column in ("", "before", "after"):
-            table.add_column(column, justify="right" if column else "left")
+        table = Table("", "before", "after", title=f"{size} held-out pairs, {trainer.state.global_step} steps")
         for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen"):
             key = f"eval_{name}"
             table.add_row(name, *(f"{entry[key]:.4f}" if key in entry else "-" for entry in (evals[0], evals[-1])))
         console.print(table)
         if evals[0]["step"] == 0:
             print("Before training the policy is the reference: margins are 0, and ties count as wrong.")
-    figures = means(history)
-    if figures:
-        table = Table(title="NSPO2, mean of what was logged")
-        table.add_column("")
-        table.add_column("", justify="right")
-        table.add_column("")
-        for name, value in figures.items():
-            table.add_row(f"nspo2/{name}", f"{value:.4g}", METRICS[name][0])
-        table.add_row("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), METRICS["skipped_steps"][0])
+    if figures := means(history):
+        table = Table("", "", "", title="NSPO2, mean of what was logged")
+        for row in measured(trainer):
+            table.add_row(*row)
         table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
         if not figures.get("active") and trainer.args.nspo2_projection_rank > 0:

@@ -131,12 +131,7 @@ class EigSolver:
     """
 
     def __init__(
-        self,
-        method: str = "gram",
-        epsilon: float = 1e-6,
-        seed: int = 42,
-        total: Total = same,
-        spread: Spread = alone,
+        self, method: str = "gram", epsilon: float = 1e-6, seed: int = 42, total: Total = same, spread: Spread = alone
     ):
         self.method, self.epsilon, self.seed, self.total, self.spread = method, epsilon, seed, total, spread
 

@@ -23,10 +23,9 @@ def attach_nspo2(
 ) -> Trainer:
     """Have a trainer that was made without NSPO2 filter its gradients; call it before `trainer.train()`.
 
-    Parameters:
-        trainer: any [`~transformers.Trainer`] whose model has a trainable LoRA adapter, such as those of TRL. The
-            object stays the same; its class becomes a subclass with [`NSPO2Mixin`].
-        config: what to do; left out, the defaults of the trainers, which are `NSPO2Config(strategy="keep")`.
+    Args:
+        trainer: any whose model has a trainable LoRA adapter. Its class becomes a subclass with [`NSPO2Mixin`].
+        config: left out, the defaults of the trainers, which are `NSPO2Config(strategy="keep")`.
         retain_dataset: texts that the model is to keep handling as before. retain_config: what is done with them.
 
     Raises:

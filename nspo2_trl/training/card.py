@@ -44,6 +44,16 @@ def means(log_history: Sequence[dict]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
+def measured(trainer: Any) -> list[tuple[str, str, str]]:
+    """Name, value and meaning of NSPO2's figures: means of what was logged; none without NSPO2."""
+    rows = [
+        (f"nspo2/{key}", f"{value:.4g}", METRICS[key][0]) for key, value in means(trainer.state.log_history).items()
+    ]
+    if trainer.nspo2 is not None:
+        rows.append(("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), METRICS["skipped_steps"][0]))
+    return rows
+
+
 def recipe(trainer: Any) -> dict:
     """The settings of the run that differ from the defaults, under the names that recipes have for them.
 
@@ -67,11 +77,8 @@ def recipe(trainer: Any) -> dict:
         chosen |= {"use_peft": True} | {option: value for option, value in lora.items() if value}
     if getattr(trainer.model.config, "quantization_config", None) is not None:
         chosen["load_in_4bit" if getattr(trainer.model, "is_loaded_in_4bit", False) else "load_in_8bit"] = True
-    return _without_secrets(json.loads(json.dumps(chosen, default=_as_text)))
-
-
-def _as_text(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)
+    plain = json.loads(json.dumps(chosen, default=lambda v: v.item() if hasattr(v, "item") else str(v)))
+    return _without_secrets(plain)
 
 
 def _without_secrets(value: Any) -> Any:
@@ -109,9 +116,7 @@ def add_to_card(path: str, trainer: Any) -> None:
     evals = [entry for entry in history if "eval_loss" in entry]
     figures = [(key, f"{value:.4g}", "last evaluation") for key, value in (evals[-1] if evals else {}).items()]
     figures = [row for row in figures if row[0].startswith("eval_rewards/") or row[0] == "eval_loss"]
-    figures += [(f"nspo2/{key}", f"{value:.4g}", METRICS[key][0]) for key, value in means(history).items()]
-    if trainer.nspo2 is not None:
-        figures.append(("nspo2/skipped_steps", str(trainer.nspo2.skipped_steps), METRICS["skipped_steps"][0]))
+    figures += measured(trainer)
     steps = trainer.state.global_step
     lines = ["## NSPO2", "", _what_was_done(trainer), ""]
     lines += [f"Measured in this run of {steps} steps; NSPO2's figures are means of what was logged:"]

@@ -40,12 +40,11 @@ def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
         if path.is_file() and not zipfile.is_zipfile(path):  # an archive's directory is at its end
             return path.name
     weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        try:
-            with safe_open(weights, "pt"):  # compares the size with the header's
-                pass
-        except (OSError, SafetensorError):
-            return weights.name
+    try:
+        if weights.is_file():
+            safe_open(weights, "pt").__enter__()  # compares the size with the header's
+    except (OSError, SafetensorError):
+        return weights.name
     return None
 
 
@@ -57,10 +56,7 @@ def checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
 
 
 def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, str]:
-    """The whole checkpoint with the most steps in `output_dir`, or None; and those with more steps that are not whole.
-
-    The second is for people: each with what it lacks, empty where there are none.
-    """
+    """The whole checkpoint with the most steps, or None; and in words those with more steps that are not whole."""
     half: list[str] = []
     for _, folder in reversed(checkpoints(output_dir)):
         if (name := unreadable_file(folder)) is None:
@@ -89,14 +85,9 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def half_saved(checkpoint: str, writer: bool) -> Iterator[None]:
-    """Remove the folder `checkpoint` if saving it ends early, by Ctrl-C or by an error.
+    """Remove the folder `checkpoint` if writing it ends early, by Ctrl-C or by an error, which is a `CheckpointError`.
 
-    Parameters:
-        checkpoint: the folder that is being written.
-        writer: whether this process is the one that answers for it; the others' errors stay what they are.
-
-    Raises:
-        CheckpointError: it could not be written.
+    `writer` says whether this process answers for it; the others' errors stay what they are.
     """
     if writer:  # of an earlier run, whose files are overwritten from now on
         (Path(checkpoint) / TRAINER_STATE_NAME).unlink(missing_ok=True)
@@ -106,7 +97,8 @@ def half_saved(checkpoint: str, writer: bool) -> Iterator[None]:
         if not writer or unreadable_file(checkpoint) != TRAINER_STATE_NAME:
             raise
         shutil.rmtree(checkpoint, ignore_errors=True)
-        if not _is_of_the_disk(error):
+        torn = isinstance(error, RuntimeError) and "inline_container" in str(error)  # torch.save's writer of archives
+        if not torn and not isinstance(error, (OSError, SafetensorError)):
             raise
         folder = os.path.dirname(checkpoint)
         free = shutil.disk_usage(folder).free / 2**20
@@ -116,8 +108,3 @@ def half_saved(checkpoint: str, writer: bool) -> Iterator[None]:
             f"The checkpoint {checkpoint!r} could not be written ({first_line(error)}) and was removed; "
             f"{free:.0f} MiB are free there. Make room, or choose another `output_dir`, then {again}."
         ) from error
-
-
-def _is_of_the_disk(error: BaseException) -> bool:
-    torn = isinstance(error, RuntimeError) and "inline_container" in str(error)  # torch.save's writer of archives
-    return torn or isinstance(error, (OSError, SafetensorError))

@@ -1,9 +1,8 @@
 """DeepSpeed ZeRO 1, 2 and 3: the gradient is filtered inside the engine's step.
 
-Under DeepSpeed the optimizer steps inside `accelerator.backward`, where Trainer has no callback, and no rank has the
-whole gradient in `param.grad`: ZeRO keeps parts of it, reduced, in its own buffers. So `engine.step` is wrapped: the
-whole gradient is put into `param.grad`, clipped and filtered there like any other, and handed back. DeepSpeed
-all-reduces (stage 3: all-gathers) each parameter's gradient for that, on top of what [`SampleCollector`] counts.
+The optimizer steps inside `accelerator.backward`, where Trainer has no callback, and ZeRO keeps parts of the gradient,
+reduced, in its own buffers. So `engine.step` is wrapped: the whole gradient is put into `param.grad`, clipped and
+filtered there, and handed back. DeepSpeed all-reduces (stage 3: all-gathers) each parameter's gradient for that.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ _KNOWN = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")  # stages 1
 
 
 def wrap_step(engine: Any, params: list[nn.Parameter], begin: Callable[[], None], writes: bool, update: bool) -> None:
-    """Have `engine.step` call `begin` with whole gradients, where it is about to step; until [`unwrap_step`].
+    """Have a DeepSpeedEngine's `step` call `begin` with whole gradients, where it is about to step.
 
     Args:
-        engine: the DeepSpeedEngine. params: all that are trained.
-        begin: filters `param.grad` in place. It has the parameter's shape and dtype then, is the same on every rank,
-            and is clipped as DeepSpeed would; `param` itself has its own value with `update` only.
+        params: all that are trained.
+        begin: filters `param.grad` in place, which has the parameter's shape and dtype, is the same on every rank, and
+            is clipped as DeepSpeed would; `param` itself has its own value with `update` only.
         writes: whether `begin` may change gradients. If not, DeepSpeed steps with its own, bit for bit.
         update: whether the parameters themselves are going to be changed, in [`whole_params`].
 
     Raises:
-        ValueError: the DeepSpeed config has something that NSPO2 cannot work with. The message says what to do.
+        ValueError: the DeepSpeed config has something that NSPO2 cannot work with.
     """
     unwrap_step(engine)
     _refuse_unsupported(engine, params, update)

@@ -81,8 +81,7 @@ NSPO2Arguments.__doc__ = (
 
 @dataclass
 class NSPO2DPOConfig(NSPO2Arguments, DPOConfig):
-    r"""
-    Configuration class for the [`NSPO2DPOTrainer`]: everything in [`~trl.DPOConfig`], and the `nspo2_` options.
+    r"""Configuration class for the [`NSPO2DPOTrainer`]: [`~trl.DPOConfig`] and the `nspo2_` options.
 
     Raises:
         ValueError: an `nspo2_` option is out of range; the message names it and says what it must be.

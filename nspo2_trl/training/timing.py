@@ -10,20 +10,20 @@ from transformers import TrainerCallback
 
 
 class Stopwatch:
-    """Adds up the time spent inside `with stopwatch:`.
+    """Adds up the time spent inside `with stopwatch:`, on a CPU wall time.
 
-    On a CPU it is wall time. On a CUDA device kernels run later than they are launched, so a pair of events brackets
-    each passage and is read when the total is asked for; gaps in which the device waits for the host count too.
+    On CUDA kernels run later than they are launched: a pair of events brackets each passage and is read when the total
+    is asked for; gaps in which the device waits for the host count too.
     """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.seconds = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: list[tuple[torch.cuda.Event, ...]] = []
 
     def __enter__(self) -> Stopwatch:
         if self.cuda:
-            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.events.append(tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)))
             self.events[-1][0].record()
         else:
             self.start = time.perf_counter()
@@ -46,10 +46,7 @@ class Stopwatch:
 
 
 class StepTimer(TrainerCallback):
-    """Wall time of training steps from the first micro-batch to the optimizer; evaluating and saving are not in it.
-
-    On a GPU the host runs ahead of the device by about a step; over the steps between two logs that averages out.
-    """
+    """Wall time of training steps from the first micro-batch to the optimizer; evaluating and saving are not in it."""
 
     def __init__(self) -> None:
         self.steps, self.seconds, self.start = 0, 0.0, 0.0
