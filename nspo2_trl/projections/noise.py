@@ -26,13 +26,11 @@ logger = logging.getLogger(__name__)
 class NoiseProjection:
     """All blocks of a model, stacked by shape and device, and the [`NoiseFilter`] of each stack.
 
-    `before_step` before the optimizer steps, `after_step` after it. With `apply_to="gradient"` the first filters the
-    gradients in place; with `"update"` the second filters what the optimizer changed.
+    With `apply_to="gradient"` `before_step` filters the gradients in place; with `"update"` `after_step` filters what
+    the optimizer changed.
 
     Args:
-        blocks: what forms a block.
-        config: options, shared by all of them.
-        recent: see [`NoiseFilter`].
+        blocks: what forms a block. config: options, shared by all of them. recent: see [`NoiseFilter`].
         layout: the `blocks` of a saved state, where some were added later; they are stacked as they were then.
         process_group: the processes that share the work, see [`Shards`]; None for one process.
         share: share of the steps that are learned from, see [`samples.sample_share`].
@@ -207,10 +205,9 @@ class NoiseProjection:
         return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def state_dict(self, keep: bool = True) -> dict:
-        """Tensors and plain numbers; the blocks' names are keys, so that other blocks are noticed.
+        """Tensors and plain numbers, of whole blocks, for any number of ranks to load.
 
-        Where ranks share the work, each must call it; it gives whole blocks, for any number of ranks to load, to
-        those that `keep` them.
+        Where ranks share the work, each must call it; those that do not `keep` it get their own columns.
         """
         states = {}
         for i, (stack, part) in enumerate(zip(self.stacks, self.filters)):
@@ -241,10 +238,5 @@ class NoiseProjection:
 
 def _map_columns(state: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
     """`state` of a [`NoiseFilter`] with `change` done to every tensor whose last dimension are a block's columns."""
-    state = dict(state)
-    for name in ("reference", "previous"):
-        if name in state:
-            state[name] = change(state[name])
-    if "cov" in state:
-        state["cov"] = state["cov"] | {"stack": change(state["cov"]["stack"])}
-    return state
+    state = state | {name: change(state[name]) for name in ("reference", "previous") if name in state}
+    return state | ({"cov": state["cov"] | {"stack": change(state["cov"]["stack"])}} if "cov" in state else {})

@@ -45,9 +45,13 @@ class _StepCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._nspo2_follow()
-        self.trainer._nspo2_wrap_engine()
-        self.trainer.nspo2_samples.attach()
+        trainer = self.trainer
+        trainer._nspo2_follow()
+        if trainer.deepspeed is not None:  # its engine steps inside `backward`: it is to call us there
+            update = trainer.args.nspo2_apply_to == "update"
+            writes = trainer.args.nspo2_projection_rank > 0 and not update
+            wrap_step(trainer.deepspeed, trainer._nspo2_trained(), trainer._nspo2_before_step, writes, update)
+        trainer.nspo2_samples.attach()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.nspo2_samples.next_micro_batch()
@@ -61,9 +65,8 @@ class _StepCallback(TrainerCallback):
         self.trainer._nspo2_retain_micro = 0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
-        losses = {name: value for name, value in (metrics or {}).items() if name == "eval_loss"}
-        if losses and state.global_step > 0:
-            self.trainer.nspo2.watch(losses)
+        if metrics and "eval_loss" in metrics and state.global_step > 0:
+            self.trainer.nspo2.watch({"eval_loss": metrics["eval_loss"]})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.nspo2_samples.detach()
@@ -80,9 +83,7 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
 
     Raises:
         TypeError: `args` is a plain TRL config, which cannot say how to filter.
-        ValueError: NSPO2 is on and the run cannot have it: no trainable LoRA adapter, FSDP1, a model spread over
-            tensor-parallel ranks; when training starts, a DeepSpeed config with more than ZeRO in bf16 or float32.
-            The message says what to do.
+        ValueError: NSPO2 is on and the run cannot have it: no trainable LoRA adapter, a launch that is not supported.
     """
 
     args: NSPO2Arguments
@@ -145,13 +146,6 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
 
     def _nspo2_trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _nspo2_wrap_engine(self) -> None:
-        """DeepSpeed's engine steps inside `backward`: have it call `_nspo2_before_step` there."""
-        if self.deepspeed is not None:
-            update = self.args.nspo2_apply_to == "update"
-            writes = self.args.nspo2_projection_rank > 0 and not update
-            wrap_step(self.deepspeed, self._nspo2_trained(), self._nspo2_before_step, writes, update)
 
     def _nspo2_start(self) -> None:
         """Projections that know nothing yet, of the parameters as they are now."""

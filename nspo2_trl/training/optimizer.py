@@ -25,14 +25,12 @@ def _module_blocks(model: nn.Module) -> list[Block]:
     try:
         return lora_blocks(model)
     except ValueError:
-        seen: set[int] = set()
-        blocks = []
-        for name, module in model.named_modules():
-            params = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
-            seen.update(id(p) for p in params)
-            if params:
-                blocks.append(Block(name or "model", params))
-        return blocks
+        owners: dict[str, Block] = {}
+        for name, param in model.named_parameters():  # a shared one once
+            if param.requires_grad:
+                owner = name.rpartition(".")[0] or "model"
+                owners.setdefault(owner, Block(owner, [])).params.append(param)
+        return list(owners.values())
 
 
 def create_nspo2_optimizer(
@@ -47,8 +45,7 @@ def create_nspo2_optimizer(
     Args:
         params: parameters, parameter groups, an iterator over either, or a model. Of a model, each LoRA adapter is a
             block, else each module; of parameters, each tensor is one.
-        optimizer_cls: class of the optimizer to wrap, such as `torch.optim.Adam`.
-        optimizer_kwargs: its arguments, such as `{"lr": 1e-3}`.
+        optimizer_cls: the optimizer to wrap, such as `torch.optim.Adam`. optimizer_kwargs: such as `{"lr": 1e-3}`.
         config: [`NSPO2Config`] or a mapping; `get_default_config()` if left out.
         blocks: lists of parameters that shall be filtered as one vector each; parameters in none are left alone.
 
@@ -56,15 +53,13 @@ def create_nspo2_optimizer(
         ValueError: no parameter, a bad option, a parameter of `blocks` that is not optimized, or an optimizer that
             evaluates a closure several times a step.
     """
-    if config is None:
-        config = get_default_config()
-    config = config if isinstance(config, NSPO2Config) else NSPO2Config(**config)
+    if not isinstance(config, NSPO2Config):
+        config = get_default_config() if config is None else NSPO2Config(**config)
+    found = None
     if isinstance(params, nn.Module):
         found = _module_blocks(params)
-        params = [p for p in params.parameters() if p.requires_grad]
-    else:
-        params, found = list(params), None
-    if not params:
+        params = (p for p in params.parameters() if p.requires_grad)
+    if not (params := list(params)):
         raise ValueError("`params` holds no trainable parameter: pass `model.parameters()` or the model itself.")
     optimizer = optimizer_cls(params, **(optimizer_kwargs or {}))
     if blocks is not None:
@@ -164,7 +159,12 @@ class NSPO2Optimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self.enabled:
             self.optimizer.step()
-        elif self._before_step():
+            return loss
+        self.nspo2.read_grads()
+        # entries of the gradients that are not filtered: of parameters in no block, and sparse ones
+        sparse = [p for block in self.blocks for p in block.params if p.grad is not None and p.grad.is_sparse]
+        others = [entries(p.grad) for p in (*self.others, *sparse) if p.grad is not None]
+        if self.nspo2.before_step(Step(others=others)):
             self.optimizer.step()
             self.nspo2.after_step()
             self._look(loss)
@@ -172,23 +172,13 @@ class NSPO2Optimizer(torch.optim.Optimizer):
             self.optimizer.step()
         return loss
 
-    def _before_step(self) -> bool:
-        self.nspo2.read_grads()
-        return self.nspo2.before_step(Step(others=self._other_grads()))
-
-    def _other_grads(self) -> list[torch.Tensor]:
-        """Entries of the gradients that are not filtered: of parameters in no block, and sparse ones."""
-        sparse = [p for block in self.blocks for p in block.params if p.grad is not None and p.grad.is_sparse]
-        return [entries(p.grad) for p in (*self.others, *sparse) if p.grad is not None]
-
     def _look(self, loss: float | None) -> None:
-        if not self.config.sentinel:
-            return
-        due = self.nspo2.filters[0].step_count % self.config.update_freq == 0
-        if loss is not None:
-            self.report(loss=float(loss), **(self.nspo2.metrics() if due else {}))
-        elif due:
-            self.report(**self.nspo2.metrics())
+        """Have the sentinel see the loss of a closure, and at times what it can see from here."""
+        if self.config.sentinel:
+            due = self.nspo2.filters[0].step_count % self.config.update_freq == 0
+            seen = ({} if loss is None else {"loss": float(loss)}) | (self.nspo2.metrics() if due else {})
+            if seen:
+                self.report(**seen)
 
     def report(self, **metrics: float) -> None:
         """Tell the sentinel what it cannot see from here: `loss=...` (noisy, is smoothed) or `eval_loss=...`.
@@ -221,14 +211,14 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         fresh = NoiseProjection(self.blocks, self.config, recent=True, layout=own and own["blocks"])
         if own is None:
             logger.warning("The optimizer state holds no NSPO2 state: the noise estimate starts anew.")
-        else:
-            try:
-                fresh.load_state_dict(own)
-            except ValueError as error:
-                raise ValueError(
-                    f"The NSPO2 part of the optimizer state does not fit ({error}): make the optimizer with the "
-                    "config and blocks that it was saved with, or delete the key 'nspo2' to start afresh."
-                ) from error
-            self.enabled = own["enabled"]
+            own = {"enabled": self.enabled} | fresh.state_dict()
+        try:
+            fresh.load_state_dict(own)
+        except ValueError as error:
+            raise ValueError(
+                f"The NSPO2 part of the optimizer state does not fit ({error}): make the optimizer with the config "
+                "and blocks that it was saved with, or delete the key 'nspo2' to start afresh."
+            ) from error
+        self.enabled = own["enabled"]
         self.optimizer.load_state_dict(state)
         self.nspo2 = fresh

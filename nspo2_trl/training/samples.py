@@ -20,8 +20,7 @@ def sample_share(samples: int) -> float:
     """Share of the steps to learn from, where a step has `samples` micro-batches over all ranks.
 
     It depends on nothing else, so that the same micro-batches teach the same wherever they ran, and is low enough for
-    the traffic of [`SampleCollector`] to stay below that of an all-reduce of the gradients. With 4 samples a step
-    and an eigensolve every 10 steps, 32 samples meet in one eigensolve.
+    the traffic of [`SampleCollector`] to stay below that of an all-reduce of the gradients.
     """
     return 1.0 if samples == 1 else min(0.8, 1.6 / max(1, samples - 2))
 
@@ -29,8 +28,8 @@ def sample_share(samples: int) -> float:
 class SampleCollector:
     """Catches the gradient of each micro-batch of a step, and hands every rank its columns of all of them.
 
-    `param.register_hook` sees this rank's gradient of this micro-batch before it is accumulated or reduced. Attach
-    it when training starts and detach it when it ends; between the two every backward pass counts as part of a step.
+    `param.register_hook` sees this rank's gradient of this micro-batch before it is accumulated or reduced. Between
+    `attach` and `detach` every backward pass counts as part of a step.
 
     Traffic, in entries that a rank sends a step on average, with D entries in all blocks, W ranks, n micro-batches a
     rank and f = `sample_share(n W)`, beside some numbers a block (see below):
@@ -41,8 +40,7 @@ class SampleCollector:
       parameters travel too: 4/W in place of 2/W.
     - Small sums, through all-reduces, 2 (W - 1)/W of: for each block with m vectors m (n W + 3) (k + 1) + 3 numbers a
       step, with k = `projection_rank`, and at an eigensolve of N rows, k' = `max_rank` of them directions,
-      (N - k') N + k'², and as much again for eigenvectors that come back. Little beside D where blocks have tens of
-      thousands of entries, as in models of a billion parameters; in a tiny model with m = 16 it can be more than D.
+      (N - k') N + k'², and as much again for eigenvectors that come back. Little beside D, but in tiny models.
 
     Args:
         noise: the blocks to watch. model: where they are. accelerator: knows the loss scale of fp16.
@@ -66,16 +64,15 @@ class SampleCollector:
         stacks = self.noise.stacks
         self.buffers = [stack.buffer(self.slots) for stack in stacks]
         self.views = [[stack.views_of(part) for part in buffer] for stack, buffer in zip(stacks, self.buffers)]
-        hooks = {
-            id(place.param): self._hook(s, p) for s, stack in enumerate(stacks) for p, place in enumerate(stack.places)
-        }
+        places = [
+            (place.param, self._hook(s, p)) for s, stack in enumerate(stacks) for p, place in enumerate(stack.places)
+        ]
+        hooks = {id(param): hook for param, hook in places}
         for module, name, param in _owners(self.model):
-            if id(param) not in hooks:
-                continue
-            if isinstance(param, DTensor):
+            if id(param) in hooks and isinstance(param, DTensor):
                 self._refuse_wrapped(module)
                 self.handles.append(module.register_forward_pre_hook(_WhenWhole(name, hooks[id(param)], self.handles)))
-            else:
+            elif id(param) in hooks:
                 self.handles.append(param.register_hook(hooks[id(param)]))
 
     def _refuse_wrapped(self, owner: nn.Module) -> None:
@@ -117,8 +114,8 @@ class SampleCollector:
     def collect(self) -> list[torch.Tensor]:
         """The samples of the step that is complete now, of all ranks; the stacks have read its gradient already.
 
-        The loss of each of n micro-batches was divided so that the sum of their gradients is the step's gradient:
-        times n, their mean is. Under fp16 the loss scale is divided out.
+        The sum of the n micro-batches' gradients is the step's gradient: times n, their mean is. Under fp16 the loss
+        scale is divided out.
 
         Returns:
             for each stack (ranks x n, B, m, d), with d the columns that this rank has; valid until `release`. Empty
@@ -179,10 +176,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
 
 
 class _WhenWhole:
-    """A forward-pre-hook: FSDP2 has put the whole parameter in place by then, whose gradient is a sample.
-
-    FSDP2 takes the same parameter each time, so its hook is set once.
-    """
+    """A forward-pre-hook: FSDP2 has put the whole parameter in place by then, the same one each time."""
 
     def __init__(self, name: str, hook: Callable[[torch.Tensor], None], handles: list):
         self.name, self.hook, self.handles, self.seen = name, hook, handles, None
