@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from retained import sentences
 from trl import DatasetMixtureConfig
 
 from nspo2_trl import NSPO2, NSPO2Config, NSPO2DPOConfig
@@ -145,7 +146,9 @@ def planted() -> NSPO2:
 
 def test_every_figure_is_explained_and_every_explained_one_is_logged(make_trainer):
     engine = planted()
-    can_be = logged(make_trainer(max_steps=4)) | {f"nspo2/{name}" for name in figures([engine])}
+    can_be = logged(make_trainer(max_steps=4, trainer={"retain_dataset": sentences()})) | {
+        f"nspo2/{name}" for name in figures([engine])
+    }
     assert sorted(can_be) == sorted(f"nspo2/{name}" for name in METRICS)
     without = logged(make_trainer(max_steps=1, nspo2_enabled=False))
     assert without == {f"nspo2/{name}" for name in ("step_time", "batch_size")}

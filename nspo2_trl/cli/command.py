@@ -20,7 +20,6 @@ HELP = """usage: nspo2 COMMAND [options]
 `nspo2 COMMAND --help` says more, `nspo2 --version` which version this is."""
 
 
-
 def main(argv: list[str] | None = None) -> None:
     try:
         run(argv)
