@@ -100,15 +100,13 @@ def packages() -> list[tuple[str, str, str, bool]]:
     from packaging.requirements import Requirement
 
     rows = []
-    for text in requires("nspo2_trl") or []:
-        need = Requirement(text)
-        if need.marker is not None and not need.marker.evaluate({"extra": "deepspeed"}):
-            continue
-        try:
-            found = version(need.name)
-        except PackageNotFoundError:
-            found = "-"
-        rows.append((need.name, found, str(need.specifier), found != "-" and need.specifier.contains(found)))
+    for need in map(Requirement, requires("nspo2_trl") or []):
+        if need.marker is None or need.marker.evaluate({"extra": "deepspeed"}):
+            try:
+                found = version(need.name)
+            except PackageNotFoundError:
+                found = "-"
+            rows.append((need.name, found, str(need.specifier), found != "-" and need.specifier.contains(found)))
     return rows
 
 

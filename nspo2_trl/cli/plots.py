@@ -44,6 +44,8 @@ RC: dict[Any, Any] = {
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 SVG = RC | {"svg.fonttype": "none", "axes.prop_cycle": cycler(color=PLACEHOLDERS)}
 SVG |= dict.fromkeys(INKED, INK)
+# of the axes in every panel, so that they stand in line on the page; wide enough for labels such as −0.0025
+PLACE = (0.19, 0.17, 0.78, 0.76)
 
 # ---- on an axis ----
 
@@ -186,14 +188,9 @@ def picture(path: Path, title: str, parts: Sequence[tuple[str, Callable[[Any], N
     figure.savefig(path, dpi=110)
 
 
-# the place of the axes is the same in every panel, so that they stand in line on the page; wide enough for −0.0025
 @matplotlib.rc_context(SVG)
 def _svg(
-    part: Callable[[Any], None],
-    label: str,
-    salt: str,
-    size: tuple[float, float] = (4.5, 2.9),
-    place: tuple[float, float, float, float] = (0.19, 0.17, 0.78, 0.76),
+    part: Callable, label: str, salt: str, size: tuple = (4.5, 2.9), place: tuple = (0.19, 0.17, 0.78, 0.76)
 ) -> str:
     """What `part` draws as an element of a page: its colours are the page's, and no id is another figure's."""
     figure, buffer = Figure(figsize=size), io.StringIO()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,12 +199,6 @@ def spectrum(file: Path) -> list[float]:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Names of the runs' folders, with as much of what stands before as tells them apart."""
-    folders = [(path.parent if path.is_file() else path).resolve() for path in paths]
-    names = [folder.name or str(folder) for folder in folders]
-    for length in range(2, max(len(folder.parts) for folder in folders)):
-        count = Counter(names)
-        longer = ["/".join(folder.parts[-length:]) for folder in folders]
-        names = [long if count[name] > 1 else name for name, long in zip(names, longer)]
-    count = Counter(names)
-    return [f"{name} ({names[:i].count(name) + 1})" if count[name] > 1 else name for i, name in enumerate(names)]
+    """Names of the runs' folders; where two have the same, their paths as given."""
+    names = [(path.parent if path.is_file() else path).resolve().name for path in paths]
+    return [name if name and names.count(name) == 1 else str(path) for name, path in zip(names, paths)]

@@ -39,15 +39,12 @@ def build(
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
     model = model_args.model_name_or_path
     assert model is not None  # `parse` asks for it
-    if not isinstance(args.model_init_kwargs, (dict, type(None))):
-        raise ValueError(f"`model_init_kwargs` must be a mapping, got {args.model_init_kwargs!r}.")
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    given = args.model_init_kwargs or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"`model_init_kwargs` must be a mapping, got {given!r}.")
+    names = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
+    own = {name: getattr(model_args, option) for name, option in names.items()}
+    args.model_init_kwargs = own | {"trust_remote_code": args.trust_remote_code} | given
     train_dataset, eval_dataset = splits(script_args, args, mixture)
     try:
         trainer = NSPO2DPOTrainer(
@@ -61,9 +58,8 @@ def build(
     except OSError as error:
         if os.path.isdir(model) or error.errno is not None:  # of the disk
             raise
-        raise OSError(
-            f"`model_name_or_path`: there is no folder {model!r}, and as a hub id it could not be loaded. {error}"
-        ) from error
+        words = f"`model_name_or_path`: there is no folder {model!r}, and as a hub id it could not be loaded."
+        raise OSError(f"{words} {error}") from error
     tell_of_long_rows(trainer.train_dataset, args)
     for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
         if isinstance(dataset, Sized) and len(dataset) == 0:
@@ -89,7 +85,7 @@ def tell_of_long_rows(dataset: Any, args: NSPO2DPOConfig) -> None:
 
 
 def report(trainer: NSPO2DPOTrainer) -> None:
-    """The table at the end: what was measured in this run, before and after."""
+    """The tables at the end: what was measured in this run, before and after."""
     history, console = trainer.state.log_history, Console()
     evals = [entry for entry in history if "eval_loss" in entry]
     if evals:
@@ -108,12 +104,12 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
         if not figures.get("active") and trainer.args.nspo2_projection_rank > 0:
+            first = f"{trainer.args.nspo2_update_freq} steps (`nspo2_update_freq`)"
             print(
-                f"NSPO2 projected nothing: the first basis comes after {trainer.args.nspo2_update_freq} steps "
-                "(`nspo2_update_freq`), and the first log after that shows it."
+                f"NSPO2 projected nothing: the first basis comes after {first}, and the first log after that shows it."
             )
     print(f"Adapter: {trainer.args.output_dir}")
-    print(f"All logged figures: {os.path.join(str(trainer.args.output_dir), 'trainer_state.json')}")
+    print(f"All logged figures: {Path(str(trainer.args.output_dir)) / 'trainer_state.json'}")
 
 
 def leave(message: str, main_process: bool) -> NoReturn:
@@ -166,10 +162,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
     try:
         trainer.save_model()
-        evaluated = any(
-            "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
-        )
-        if args.eval_strategy != "no" and not evaluated:
+        evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        if args.eval_strategy != "no" and trainer.state.global_step not in evaluated:
             trainer.evaluate()
         trainer.save_state()
         trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=dataset)

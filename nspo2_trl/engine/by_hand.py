@@ -15,9 +15,7 @@ from .filter import NoiseFilter, figures
 class NSPO2(NoiseFilter):
     """[`NoiseFilter`] for one gradient: `grad = nspo2.hook(grad)` once per micro-batch, then `nspo2.step_end()`.
 
-    Args:
-        config: [`NSPO2Config`] or a mapping with its fields; the published defaults where it is left out.
-        options: the others of [`NoiseFilter`].
+    Without a `config` ([`NSPO2Config`] or a mapping with its fields) it takes the published defaults.
 
     Raises:
         ValueError: a bad option, or a gradient whose size is not `config.dim`.

@@ -15,8 +15,7 @@ def noise_rows(samples: torch.Tensor, mean: torch.Tensor, previous: torch.Tensor
     """Rows whose outer products add up to an estimate of Cov(mean) that does not mistake drift for noise.
 
     Args:
-        samples: (n, B, m, d) gradients of n micro-batches.
-        mean: (B, m, d) their mean, the step's gradient.
+        samples: (n, B, m, d) gradients of n micro-batches. mean: (B, m, d) their mean, the step's gradient.
         previous: (B, m, d) the mean of the step before; used where n = 1.
         out: (B, n, m, d), filled with (g_i - mean) / sqrt(n (n - 1)) where n >= 2, and with the successive difference
             (mean - previous) / sqrt(2) (von Neumann 1941) where n = 1.
@@ -44,12 +43,8 @@ class CovEstimator:
     most `update_freq` steps and at most about `2 rank` rows: with many rows a step it is merged earlier.
 
     Args:
-        num_blocks: B, blocks that share a shape.
-        dim: d, entries of a row, over all ranks.
-        rank: directions tracked.
-        update_freq: steps between two merges.
-        decay: weight of the past a step.
-        solver: the [`EigSolver`].
+        num_blocks: B, blocks that share a shape. dim: d, entries of a row, over all ranks.
+        rank: directions tracked. update_freq: steps between two merges. decay: weight of the past per step.
         samples: micro-batches of a step, of `vectors` rows each. share: share of the steps that are learned from.
         width: columns that this rank has of the `dim`; all of them if left out.
         dtype: of what comes out; `stored` of the directions and rows that are kept, the same if left out.

@@ -57,12 +57,8 @@ def _recombine_(stack: torch.Tensor, coefficients: torch.Tensor) -> None:
 def _orthonormalize_(basis: torch.Tensor, keep: torch.Tensor, total: Total) -> torch.Tensor:
     """One Cholesky pass that brings nearly orthonormal rows to working precision, in place.
 
-    Args:
-        basis: (B, k, d), rows orthonormal up to the error of a Gram eigensolve, zero where not `keep`.
-        keep: (B, k) bool. Directions of a block whose Cholesky fails are dropped.
-
-    Returns:
-        (B, k) bool: the directions that are orthonormal now; the others are zero.
+    `basis` (B, k, d) is orthonormal up to the error of a Gram eigensolve, zero where not `keep` (B, k). Directions of
+    a block whose Cholesky fails are dropped: returned is (B, k), what is orthonormal now; the others are zero.
     """
     gram = total(basis @ basis.mT)
     gram = gram + torch.diag_embed((~keep).to(gram.dtype))
@@ -124,9 +120,8 @@ class EigSolver:
     """Top-k eigenpairs of B covariances at once, by the method named in the config.
 
     Args:
-        method: `"gram"`, `"exact"` or `"randomized"`.
+        method: `"gram"`, `"exact"` or `"randomized"`. seed: of the last.
         epsilon: eigenvalues below this share of the largest one count as zero.
-        seed: seed of the randomized method.
         total: sums over the ranks that share the columns of a block. spread: has each do a part of the small matrices.
     """
 

@@ -29,14 +29,10 @@ class NoiseFilter:
     """The parts of NSPO2 put together for B blocks of the same shape.
 
     Args:
-        config: [`NSPO2Config`] or a mapping with its fields.
+        config: [`NSPO2Config`] or a mapping with its fields, which are checked.
         sentinel: the [`BiasSentinel`] to obey, where several of these share one; else it gets its own.
         recent: whether figures fade with `cov_momentum`, or add up until `sums.reset()`.
-        share: share of the steps that are learned from, where the caller leaves some out.
-        shards: the columns of the blocks that this rank has, where ranks share the work.
-
-    Raises:
-        ValueError: a bad option.
+        share: share of the steps that are learned from. shards: the columns that this rank has, where ranks share.
     """
 
     def __init__(
@@ -140,7 +136,7 @@ class NoiseFilter:
         rank = self.rank.clamp(max=self.rank_limit)
         floor = min(config.min_rank, self.rank_limit)
         choice = Choice(self.sentinel.strategy, self.strength, config.trust_radius, config.target_bias, floor)
-        head, *did = choice.head(basis, rank, reference, self._energy(self.reference), self.total)
+        head, did = choice.head(basis, rank, reference, self._energy(self.reference), self.total)
         self.sums.add_filter(*did)
         return head
 
@@ -171,12 +167,7 @@ class NoiseFilter:
         beta = self.config.cov_momentum**passed
         self.reference_weight = beta * self.reference_weight + 1 - beta
         self.reference.mul_(beta).add_(mean, alpha=1 - beta)
-        if n > 1:
-            self.previous = None
-        elif self.previous is None:
-            self.previous = mean.clone()
-        else:
-            self.previous.copy_(mean)
+        self.previous = mean.clone() if n == 1 else None
 
     def _score(self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """Noise energy (B,) of the step; adds it, and what the filter takes of it and of the signal, to the sums."""
@@ -221,10 +212,7 @@ class NoiseFilter:
         return state | {name: getattr(self, name).state_dict() for name in ("cov", "signal")}
 
     def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
-        """Bring back what `state_dict` gave; a step after it equals the step that would have come without it.
-
-        Args:
-            device: where the tensors shall lie; where they lie in `state` if left out.
+        """Bring back what `state_dict` gave, on `device` or where it lies: the next step is as if nothing had been.
 
         Raises:
             ValueError: the state is of other blocks or other ranks.

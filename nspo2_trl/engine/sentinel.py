@@ -30,24 +30,18 @@ class BiasSentinel:
     A check is a breach where the bias is above `target_bias`, the trust region's α is below 0.25, a reported loss
     (smoothed over some ten reports) is more than 10 % and six times its own noise above its best so far, or
     `eval_loss` is more than 10 % above its best. Each check in breach climbs down one rung, each three calm checks
-    climb one back up; every move is logged with its reason. A figure that was in breach stands so until it is
-    reported anew; while the projection is off bias and α are not looked at, so that it is tried again in the end,
-    later each time.
-
-    Args:
-        strategy: of the config. target_bias: of the config. enabled: whether checks have an effect.
-        every: steps from one move down to the next, so that a remedy has time to show.
+    climb one back up. A figure that was in breach stands so until it is reported anew; while the projection is off
+    bias and α are not looked at, so that it is tried again in the end, later each time. A remedy has `every` steps to
+    show.
     """
 
     def __init__(self, strategy: str, target_bias: float, enabled: bool = True, every: int = 1):
-        self.enabled, self.configured, self.every, self.moved_at = enabled, strategy, every, -math.inf
+        self.enabled, self.configured, self.target_bias = enabled, strategy, target_bias
+        self.every, self.moved_at = every, -math.inf
         self.rungs, self.level = _ladder(strategy), 0
-        self.target_bias = target_bias
-        self.calm = 0
-        self.patience = PATIENCE
+        self.calm, self.patience = 0, PATIENCE
         self.best = self.best_eval = math.inf
-        self.smoothed = 0.0
-        self.variance = 0.0  # of one report around the smoothed loss
+        self.smoothed = self.variance = 0.0  # the variance is that of one report around the smoothed loss
         self.moves = self.reports = 0
         self.standing = {"bias": False, "alpha": False, "loss": False, "eval_loss": False}
 
@@ -66,20 +60,14 @@ class BiasSentinel:
         return self.rungs[self.level][1]
 
     def check(self, metrics: Mapping[str, float], step: int) -> bool:
-        """One look at the newest figures; returns whether the rung changed.
-
-        Args:
-            metrics: any of `bias`, `alpha`, `loss`, `eval_loss`; what is missing or not finite is not looked at.
-            step: for the log.
-        """
+        """One look at those of `bias`, `alpha`, `loss` and `eval_loss` that are finite; whether the rung changed."""
         if not self.enabled:
             return False
         known = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if self.strategy == "off":  # there is no filter that could be biased
             known = {name: value for name, value in known.items() if name not in ("bias", "alpha")}
             self.standing |= {"bias": False, "alpha": False}
-        reasons = self._breaches(known)
-        if reasons:
+        if reasons := self._breaches(known):
             self.calm = 0
             return self._move(1, step, " and ".join(reasons))
         if any(self.standing.values()):
@@ -132,10 +120,8 @@ class BiasSentinel:
 
     def state_dict(self) -> dict:
         """Plain numbers."""
-        return {name: getattr(self, name) for name in self._STATE} | {
-            "standing": dict(self.standing),
-            "strategy": {self.configured: 0},
-        }
+        state = {name: getattr(self, name) for name in self._STATE}
+        return state | {"standing": dict(self.standing), "strategy": {self.configured: 0}}
 
     def load_state_dict(self, state: Mapping) -> None:
         """A state saved under another strategy is left aside: its rungs are others."""

@@ -39,12 +39,8 @@ class SignalEstimate:
         self.steps = self.window_steps = self.window_single = self.window_count = 0
 
     def add_step(self, product: torch.Tensor, energy: torch.Tensor | None, weight: float) -> None:
-        """Count a step.
-
-        Args:
-            product: (B,) inner product of the step's gradient with the running mean of earlier ones.
-            energy: (B,) energy of the step's noise rows, None where it has none.
-            weight: what the gradients in the running mean weigh together, below 1 while it grows from 0.
+        """Count a step: inner product (B,) of its gradient with the running mean of earlier ones, energy (B,) of its
+        noise rows, and what the gradients in the running mean weigh together, below 1 while it grows from 0.
         """
         energy = torch.zeros_like(product) if energy is None else energy
         self.history[self.steps % HISTORY] = torch.stack([product, energy, torch.full_like(product, weight)])
@@ -80,9 +76,8 @@ class SignalEstimate:
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only."""
-        return {name: getattr(self, name).clone() for name in self._TENSORS} | {
-            name: getattr(self, name) for name in self._NUMBERS
-        }
+        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
+        return tensors | {name: getattr(self, name) for name in self._NUMBERS}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises `ValueError` where the state is of other blocks or another rank."""

@@ -19,9 +19,9 @@ def noise_edge(
     Σ (w c / (1 - w c))² = d, it is (d + Σ w c / (1 - w c)) / c. Added are 2 Tracy-Widom scales (Johnstone 2001).
 
     Args:
-        dim: d. limit: how many directions may be taken out.
+        dim: d. limit: how many directions may be taken out. decay: per step.
         learned: age and number of independent noise rows of each step that was learned from, newest first.
-        decay: a step. overlapping: successive differences, one a step.
+        overlapping: whether the rows are successive differences, one per step.
 
     Returns:
         (limit,) float64, for d, d - 1, … dimensions.

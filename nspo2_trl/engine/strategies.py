@@ -45,8 +45,7 @@ def select(strategy: str, rank: torch.Tensor, reference: torch.Tensor) -> tuple[
     """The directions taken and the direction kept, as [`ProjectionHead`] wants them.
 
     Args:
-        strategy: `"noise"`, `"keep"` or `"hybrid"`. rank: (B,) directions to remove.
-        reference: (B, m, k) coordinates of the reference m in K.
+        rank: (B,) directions to remove. reference: (B, m, k) coordinates of the reference m in K.
 
     Returns:
         taken (B, k) of 0 and 1, kept (B, m, k) unit or zero.
@@ -67,9 +66,7 @@ def trust_alpha(removed_norm: torch.Tensor, reference_norm: torch.Tensor, radius
     """The largest α in [0, 1] with ‖m′ - m‖ ≤ radius · ‖m‖, where m′ - m = -α · (what full removal takes from m).
 
     Args:
-        removed_norm: (B,) norm of what the filter at α = 1 removes from the reference m.
-        reference_norm: (B,) ‖m‖.
-        radius: bound, as a share of ‖m‖.
+        removed_norm: (B,) norm of what the filter at α = 1 removes from the reference m. reference_norm: (B,) ‖m‖.
 
     Returns:
         (B,) α, 1 where nothing is removed from m.
@@ -81,12 +78,8 @@ def trust_alpha(removed_norm: torch.Tensor, reference_norm: torch.Tensor, radius
 
 @dataclass
 class Choice:
-    """How a filter is made of the tracked directions.
-
-    Parameters:
-        strategy: `"noise"`, `"keep"` or `"hybrid"`. strength: share of the component that is removed.
-        trust_radius, target_bias: the bounds, see [`trust_alpha`] and [`limit_bias`].
-        min_rank: the rank does not fall below this.
+    """How a filter is made of the tracked directions: strategy, share of the component that is removed, the bounds
+    (see [`trust_alpha`], [`limit_bias`]), and what the rank does not fall below.
     """
 
     strategy: str
@@ -100,23 +93,22 @@ class Choice:
         basis: torch.Tensor,
         rank: torch.Tensor,
         reference: torch.Tensor,
-        norm_squared: torch.Tensor,
+        energy: torch.Tensor,
         total: Total,
-    ) -> tuple[ProjectionHead, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[ProjectionHead, list[torch.Tensor]]:
         """The filter, and for each block (B,) m·m′, ‖m‖², ‖m′‖², α and the rank in force.
 
         Args:
             basis: (B, k, d). rank: (B,) directions that may be removed.
-            reference: (B, m, k) coordinates of the running mean m in the basis. norm_squared: (B,) ‖m‖².
+            reference: (B, m, k) coordinates of the running mean m in the basis. energy: (B,) ‖m‖².
             total: sums over the ranks that share the columns of a block.
         """
-        rank = limit_bias(self.strategy, rank, reference, norm_squared, self.target_bias).clamp(min=self.min_rank)
-        taken, kept = select(self.strategy, rank, reference)
-        head = ProjectionHead(basis, taken, kept, gain=torch.ones_like(norm_squared), total=total)
+        rank = limit_bias(self.strategy, rank, reference, energy, self.target_bias).clamp(min=self.min_rank)
+        head = ProjectionHead(basis, *select(self.strategy, rank, reference), torch.ones_like(energy), total)
         lost = torch.linalg.vector_norm(head.restrict(reference), dim=(1, 2))
-        alpha = trust_alpha(lost * self.strength, norm_squared.sqrt(), self.trust_radius)
+        alpha = trust_alpha(lost * self.strength, energy.sqrt(), self.trust_radius)
         head.gain = alpha * self.strength
         # m·m′ and ‖m′‖², with m′ = m - gain R m and R m orthogonal to m - R m
-        dot = norm_squared - head.gain * lost.square()
-        filtered = (norm_squared - head.removed_share * lost.square()).clamp_min(0)
-        return head, dot, norm_squared, filtered, alpha, rank.to(alpha.dtype)
+        dot = energy - head.gain * lost.square()
+        filtered = (energy - head.removed_share * lost.square()).clamp_min(0)
+        return head, [dot, energy, filtered, alpha, rank.to(alpha.dtype)]

@@ -26,8 +26,7 @@ class FilterSums:
 
     def add_filter(self, dot: torch.Tensor, raw: torch.Tensor, filtered: torch.Tensor, *others: torch.Tensor) -> None:
         """Of each block, (B,): m·m′, ‖m‖², ‖m′‖², and `others`, which are α and rank."""
-        size = torch.full_like(dot, 1.0)
-        self.tensor[2:] += torch.stack([dot, raw, filtered, *others, size]).sum(1)
+        self.tensor[2:] += torch.stack([dot, raw, filtered, *others, torch.ones_like(dot)]).sum(1)
 
     def decay(self, share: float) -> None:
         self.tensor.mul_(share)

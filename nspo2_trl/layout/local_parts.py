@@ -35,10 +35,9 @@ class LocalParts:
                 )
         self.shards = shards
         d, width, ranks = shards.dim, shards.width, shards.ranks
-        held = []  # by rank: places in (B, m, d) of what it has of the parameters, in its order
-        for rank in range(ranks):
-            rows = [torch.tensor_split(p, _bounds(len(p), ranks))[rank].flatten() for p in positions]
-            held.append(torch.cat(rows))
+        cuts = [torch.tensor_split(p, _bounds(len(p), ranks)) for p in positions]
+        # by rank: places in (B, m, d) of what it has of the parameters, in its order
+        held = [torch.cat([cut[rank].flatten() for cut in cuts]) for rank in range(ranks)]
         owner = (held[shards.rank] % d) // width
         self.order = torch.argsort(owner, stable=True)  # my entries, by the rank whose columns they are in
         self.sends = torch.bincount(owner, minlength=ranks).tolist()

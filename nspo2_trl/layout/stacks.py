@@ -35,8 +35,7 @@ class Stack:
     """Blocks of one shape on one device side by side, and where each parameter stands in their buffers.
 
     Args:
-        shape: (m, d) of each. device: where they are.
-        update: whether the parameters' change is going to be filtered, which takes one buffer more.
+        shape: (m, d) of each. update: whether the parameters' change is going to be filtered: one buffer more.
         process_group: the processes that share the work on the blocks, each with some of the columns; None for one.
     """
 
@@ -98,11 +97,9 @@ class Stack:
         there = {i: grad for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse}
         self.there = list(there)
         if self.moves:
-            locals_ = [_local(place.param) for place in self.places]
-            self.moves.take(
-                [torch.zeros_like(p) if g is None else _local(g) for p, g in zip(locals_, grads)], self.grad
-            )
-            return
+            none = lambda place: torch.zeros_like(_local(place.param))
+            own = [none(place) if grad is None else _local(grad) for place, grad in zip(self.places, grads)]
+            return self.moves.take(own, self.grad)
         if len(there) < len(grads):
             self.full.zero_()
         self._read([self.views[i] for i in there], list(there.values()))
@@ -123,7 +120,8 @@ class Stack:
 
     def write_grads(self, result: torch.Tensor) -> None:
         """Copy `result` (B, m, d) into the parameters' gradients."""
-        self._write(result, [_grad(self.places[i].param) for i in self.there])
+        grads = (self.places[i].param.grad for i in self.there)
+        self._write(result, [_local(grad) for grad in grads if grad is not None])
 
     def write_params(self, change: torch.Tensor) -> None:
         """Set the parameters to what they were `before`, plus `change` (B, m, d)."""
@@ -133,8 +131,7 @@ class Stack:
         if self.moves:
             held = dict(zip(self.there, targets))
             local = [held.get(i, torch.empty_like(_local(p.param))) for i, p in enumerate(self.places)]
-            self.moves.give(result, local)
-            return
+            return self.moves.give(result, local)
         self.full.copy_(self.shards.gather(result) if self.shards else result)
         if targets:
             torch._foreach_copy_(targets, [self.views[i] for i in self.there])
@@ -152,9 +149,3 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of a parameter or a gradient, without its history."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _grad(param: torch.Tensor) -> torch.Tensor:
-    """What this rank has of the gradient of a parameter that has one."""
-    assert param.grad is not None
-    return _local(param.grad)

@@ -27,15 +27,9 @@ _LEFT_OUT = {"output_dir", "logging_dir", "run_name", "hub_model_id", "resume_fr
 _LEFT_OUT |= {"hub_token", "push_to_hub_token", "push_to_hub", "accelerator_config", "debug", "do_eval"}
 _LEFT_OUT |= {"dataloader_pin_memory", "pad_to_multiple_of", "disable_tqdm"}
 _SECRETS, _NO_SECRETS = ("token", "api_key", "password", "secret"), ("pad_token", "eos_token", "bos_token")
-_LORA = {  # option of a recipe: attribute of PEFT's config
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-    "lora_modules_to_save": "modules_to_save",
-}
+# option of a recipe: attribute of PEFT's config
+_LORA = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+_LORA |= {"lora_r": "r", "lora_target_modules": "target_modules", "lora_modules_to_save": "modules_to_save"}
 
 
 def means(log_history: Sequence[dict]) -> dict[str, float]:

@@ -62,16 +62,13 @@ class SavingMixin(_BaseTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last thing that every process writes: all have to know whether one could not."""
-        error = None
+        error: Exception | None = None
         try:
             super()._save_rng_state(output_dir)
         except (OSError, RuntimeError) as failure:
             error = failure
-        failed = self._nspo2_any_rank(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise OSError("another process could not write its part")
+        if self._nspo2_any_rank(error is not None):
+            raise error or OSError("another process could not write its part")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
