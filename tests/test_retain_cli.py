@@ -63,6 +63,12 @@ def test_the_frontier_and_the_point_that_is_kept(adapter, texts, few_pairs, tmp_
     printed = capsys.readouterr().out
     assert "only scaled" in printed and f"{best['retained']['other']['kl']:.5f}" in printed
     assert f"{out} ({best['rank']} directions taken out, scale {best['scale']:g})" in printed
+    # the page
+    command.main(["report", str(out)])
+    page = (out / "report.html").read_text()
+    kept = f"<th>{best['retained']['other']['kl']:.5f}</th>"
+    assert kept in page and "What the model kept: out" in page and "data:image/png;base64," in page
+    assert "KL, other" in page and "<h2>Learning</h2>" not in page
     # what was written is what was measured
     again = tmp_path / "again"
     run(out, "--retain_dataset", texts, "--dataset_name", few_pairs, "--output_dir", again, "--point", 0, 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,3 +95,30 @@ def draw(points: Sequence[Entry], chosen: Entry, path: Path) -> None:
             axis.set_ylabel(title)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def section(name: str, folder: Path) -> str:
+    """HTML of what `nspo2 retain` left in `folder`: its table, the kept point in bold, and its picture."""
+    result = json.loads((folder / "retain.json").read_text())
+    points, sets = result["points"], list(result["points"][0]["retained"])
+    measured = [key for key in PREFERENCE if key in points[0]]
+    head = ["directions", "scale", *(PREFERENCE[key] for key in measured)]
+    head += [f"{title}, {texts}" for texts in sets for title in RETAINED.values()]
+    rows = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    for point in points:
+        cells = [
+            str(point["rank"] or "only scaled"),
+            f"{point['scale']:g}",
+            *(f"{point[key]:.4f}" for key in measured),
+        ]
+        cells += [f"{point['retained'][texts][key]:.5f}" for texts in sets for key in RETAINED]
+        kind = "th" if point == result["chosen"] else "td"
+        rows += "</tr><tr>" + "".join(f"<{kind}>{cell}</{kind}>" for cell in cells)
+    picture, image = folder / "retain.png", ""
+    if picture.is_file():
+        code = base64.b64encode(picture.read_bytes()).decode()
+        image = f'<img alt="Preference against KL and rise of the loss" src="data:image/png;base64,{code}">'
+    return f"""<h2>What the model kept: {html.escape(name)}</h2>
+<p>KL and loss rise are nats per token on held-out retained texts, against the model without the adapter. The point
+that was kept is bold.</p>
+<div class="wide"><table><tr>{rows}</tr></table></div>{image}"""

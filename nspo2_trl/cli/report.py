@@ -2,8 +2,9 @@
 
     nspo2 report OUT [OUT2 ...] [-o PAGE.html] [--names NAME ...]
 
-OUT is a run's output_dir or a trainer_state.json. Plots are drawn from the log in trainer_state.json, the spectrum of
-the noise from the nspo2_state.pt of its checkpoints. Several runs are drawn over each other.
+OUT is a run's output_dir, a trainer_state.json, or the output_dir of `nspo2 retain`. Plots are drawn from the log in
+trainer_state.json, the spectrum of the noise from the nspo2_state.pt of its checkpoints. Several runs are drawn over
+each other.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .frontier import section
 from .panels import PANELS
-from .runs import Run, labels, read, unit_of
+from .runs import Run, has_run, labels, read, unit_of
 
 OWN = '<meta name="generator" content="nspo2 report">'
 
@@ -60,23 +62,25 @@ svg * {{ stroke-linejoin: round; }}
 svg text {{ font-family: system-ui, sans-serif !important; }}
 </style></head><body>
 <h1>{title}</h1>
-{table}
+{runs}
+{retained}
+{notes}
+</body></html>
+"""
+RUNS = """{table}
 <p>Loss, accuracy and margins are those of the held-out pairs in the last evaluation; noise removed and NSPO2's share
 of a step's time are means over the log. Times of runs on a machine that did other things too do not compare.</p>
 {legend}
 <h2>Learning</h2>
-<p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.
-Bands are one standard error to each side.</p>
+<p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.</p>
 <div class="panels">{learning}</div>
-{filtering}
-<h2>Notes</h2>
-<ul>{notes}</ul>
-</body></html>
-"""
+{filtering}"""
 
 
-def write_page(runs: Sequence[Run], path: Path, title: str = "") -> None:
-    """Draw `runs` into one page; its `title` names them if left out.
+def write_page(runs: Sequence[Run], path: Path, title: str = "", retained: Mapping[str, Path] | None = None) -> None:
+    """Draw `runs` into one page, and the frontiers of `retained`, folders that `nspo2 retain` wrote, by their names.
+
+    The `title` names them if left out.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -106,19 +110,24 @@ def write_page(runs: Sequence[Run], path: Path, title: str = "") -> None:
     if any(run.clock for run in runs):
         how = "Time is that of the training steps, without evaluation and saving"
         notes.insert(0, f"{how}; after a run’s last log entry it goes on at that entry’s pace.")
-    if missing:
+    if missing and runs:
         notes.append(f"Not logged in {'these runs' if len(runs) > 1 else 'this run'}: {', '.join(missing)}.")
     named = (f'<span class="swatch">{plots.swatch(run.index)}{html.escape(run.name)}</span>' for run in runs)
-    page = PAGE.format(
-        own=OWN,
-        title=html.escape(title or "NSPO2 report: " + ", ".join(run.name for run in runs)),
-        light=" ".join(f"--run-{i}: {light};" for i, (light, _) in enumerate(plots.COLORS)),
-        dark=" ".join(f"--run-{i}: {dark};" for i, (_, dark) in enumerate(plots.COLORS)),
+    drawn = RUNS.format(
         table=_table(runs),
         legend=f'<p class="legend">{"".join(named)}</p>',
         learning="\n".join(learning),
         filtering=f'<h2>What NSPO2 did</h2>\n<div class="panels">{"".join(filtering)}</div>' if filtering else "",
-        notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
+    )
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    page = PAGE.format(
+        own=OWN,
+        title=html.escape(title or "NSPO2 report: " + ", ".join([run.name for run in runs] or retained or [])),
+        light=" ".join(f"--run-{i}: {light};" for i, (light, _) in enumerate(plots.COLORS)),
+        dark=" ".join(f"--run-{i}: {dark};" for i, (_, dark) in enumerate(plots.COLORS)),
+        runs=drawn if runs else "",
+        retained="\n".join(section(name, folder) for name, folder in (retained or {}).items()),
+        notes=f"<h2>Notes</h2>\n<ul>{listed}</ul>" if notes else "",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -170,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"`--names` must be {len(args.runs)} different names, one for each run.")
         refuse_to_overwrite(page)
         names = args.names or labels(args.runs)
-        write_page([read(path, name, i) for i, (path, name) in enumerate(zip(args.runs, names))], page)
+        retained = {name: path for name, path in zip(names, args.runs) if (path / "retain.json").is_file()}
+        runs = [(path, name) for path, name in zip(args.runs, names) if has_run(path) or name not in retained]
+        write_page([read(path, name, i) for i, (path, name) in enumerate(runs)], page, retained=retained)
     except ImportError:
         sys.exit('error: the plots need matplotlib: pip install -e ".[plot]"')
     except (ValueError, OSError) as error:

@@ -152,6 +152,14 @@ def _state_file(path: Path) -> Path:
     )
 
 
+def has_run(path: Path) -> bool:
+    """Whether a trainer_state.json is there to be read."""
+    try:
+        return bool(_state_file(path))
+    except FileNotFoundError:
+        return False
+
+
 def _add_times(run: Run) -> None:
     """`clock`, and to every log entry NSPO2's share of a step's time, which is in no log."""
     steps, times = run.series("nspo2/step_time")
