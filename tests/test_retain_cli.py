@@ -105,13 +105,21 @@ def test_nothing_is_overwritten_and_nothing_is_read_before(adapter, texts, tmp_p
         (["--retain_eval_dataset", "none.jsonl"], "`retain_eval_dataset`: there is no file or folder"),
         (["--retain_dataset", "pairs"], "holds preference pairs"),
         (["--retain_dataset", "answers", "--dataset_name", "pairs"], "are texts of the preference pairs"),
+        (["--retain_dataset", "chosen", "--dataset_name", "pairs"], "are texts of the preference pairs"),
         (["--model_name_or_path", "nowhere"], "The base model 'nowhere' could not be loaded"),
         (["--rank", "3"], "unrecognized arguments: --rank"),
     ],
 )
 def test_what_cannot_work_is_refused(adapter, texts, few_pairs, pairs, tmp_path, options, message):
     answers = write(tmp_path / "answers.jsonl", [{"text": p["prompt"] + p["chosen"]} for p in pairs.select(range(12))])
-    files = {"pairs": few_pairs, "prose": texts, "answers": answers, "none.jsonl": str(tmp_path / "none.jsonl")}
+    chosen = write(tmp_path / "chosen.jsonl", [{"text": p["chosen"].strip()} for p in pairs.select(range(12))])
+    files = {
+        "pairs": few_pairs,
+        "prose": texts,
+        "answers": answers,
+        "chosen": chosen,
+        "none.jsonl": str(tmp_path / "none.jsonl"),
+    }
     out = tmp_path / "out"
     options = ["--retain_dataset", texts, "--output_dir", out, *(files.get(option, option) for option in options)]
     assert message in refused(adapter, *options)

@@ -51,7 +51,8 @@ def total(part: torch.Tensor) -> torch.Tensor:
 
 def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """(rows, length, vocabulary)"""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return found.to(batch["input_ids"].device)  # a model may be spread over devices
 
 
 def last_logit_only(model: nn.Module) -> dict[str, int]:
