@@ -12,8 +12,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .comparison import COLORS, STYLES
-
 # One entry of `points`, as retain.json has it: rank, scale, form; loss, accuracy, margin where there are pairs; and
 # `retained`, by name of the texts, with kl and loss_rise.
 Entry = dict
@@ -71,6 +69,8 @@ def draw(points: Sequence[Entry], chosen: Entry, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    from .plots import COLORS, STYLES
+
     rows = [(name, key) for name in points[0]["retained"] for key in RETAINED]
     figure = Figure(figsize=(4.2 * len(PREFERENCE), 3.2 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(PREFERENCE), squeeze=False)
@@ -82,7 +82,7 @@ def draw(points: Sequence[Entry], chosen: Entry, path: Path) -> None:
                 axis.plot(
                     [point["retained"][name][key] for point in same],
                     [point[figure_key] for point in same],
-                    color=COLORS[i % len(COLORS)],
+                    color=COLORS[i % len(COLORS)][0],
                     linestyle=STYLES[i % len(STYLES)],
                     marker="o",
                     markersize=3,

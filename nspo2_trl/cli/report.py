@@ -72,7 +72,8 @@ RUNS = """{table}
 of a step's time are means over the log. Times of runs on a machine that did other things too do not compare.</p>
 {legend}
 <h2>Learning</h2>
-<p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.</p>
+<p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.
+Bands are one standard error to each side.</p>
 <div class="panels">{learning}</div>
 {filtering}"""
 
