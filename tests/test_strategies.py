@@ -1,3 +1,5 @@
+"""Strategies, the bias bound, the trust region, and which eigenvalues stand out of white noise."""
+
 import math
 
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nspo2_trl.engine.significance import _edge, noise_edge, significant_rank
-from nspo2_trl.engine.strategies import limit_bias, select, split_rank
+from nspo2_trl.engine.strategies import limit_bias, select, split_rank, trust_alpha
 
 
 def steady(steps, rows):
@@ -71,7 +73,7 @@ def test_hybrid_is_half_and_half(rank):
 
 
 @given(seed=st.integers(0, 1000), target=st.floats(0.01, 0.9), strategy=st.sampled_from(["noise", "hybrid"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bias_limit_is_the_largest_rank_that_holds(seed, target, strategy):
     torch.manual_seed(seed)
     reference = torch.randn(1, 1, 8, dtype=torch.float64)
@@ -90,8 +92,23 @@ def test_keep_has_no_bias_to_limit():
     assert limit_bias("keep", torch.tensor([5]), torch.ones(1, 1, 8), torch.ones(1), 0.01).item() == 5
 
 
-def test_without_a_reference_nothing_is_kept():
-    taken, kept = select("keep", torch.tensor([3]), torch.zeros(1, 1, 8))
-    assert kept.abs().max() == 0 and taken.sum() == 4
-    taken, kept = select("keep", torch.tensor([0]), torch.ones(1, 1, 8))
-    assert kept.abs().max() == 0 and taken.sum() == 0
+@pytest.mark.parametrize("rank, reference, taken", [(3, 0.0, 4), (0, 1.0, 0)])
+def test_without_a_reference_or_a_rank_nothing_is_kept(rank, reference, taken):
+    found, kept = select("keep", torch.tensor([rank]), torch.full((1, 1, 8), reference))
+    assert kept.abs().max() == 0 and found.sum() == taken
+
+
+@given(
+    removed=st.floats(0, 100, allow_subnormal=False),
+    norm=st.floats(0, 100, allow_subnormal=False),
+    radius=st.floats(1e-3, 2),
+    scale=st.sampled_from([1.0, 1e9]),
+)
+@settings(max_examples=200)
+def test_alpha_is_the_largest_that_holds_the_bound(removed, norm, radius, scale):
+    both = torch.tensor([[removed, 0.0], [norm, norm]], dtype=torch.float64)
+    alpha, idle = trust_alpha(*(both * scale), radius).tolist()
+    assert 0 <= alpha <= 1 and idle == 1  # where nothing is removed there is nothing to bound
+    assert alpha * removed <= radius * norm * (1 + 1e-9)
+    if alpha < 1:
+        assert (alpha + 1e-3) * removed > radius * norm

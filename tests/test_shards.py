@@ -45,10 +45,7 @@ def test_ranks_share_the_small_matrices():
 def test_parameters_move_to_their_columns_and_back():
     positions = torch.arange(24).view(2, 3, 4)  # two blocks; of each a parameter (3, 4) and one transposed (4, 3)
     mesh = init_device_mesh("cpu", (1,))
-    params = [
-        distribute_tensor(torch.randn(3, 4), mesh, [Shard(0)]),
-        distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)]),
-    ]
+    params = [distribute_tensor(torch.randn(shape), mesh, [Shard(0)]) for shape in ((3, 4), (4, 3))]
     moves = LocalParts(Shards(4), [positions[0], positions[1].mT], params)
     columns = torch.zeros(2, 3, 4)
     moves.take([p.to_local() for p in params], columns)

@@ -1,4 +1,4 @@
-"""The engine against the slow float64 reference, and its invariants as properties."""
+"""NoiseFilter against the slow float64 reference, on planted problems, and its invariants as properties."""
 
 import math
 
@@ -8,22 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference
 
-from nspo2_trl import NSPO2, NSPO2Config
+from nspo2_trl import NSPO2Config
 from nspo2_trl.engine.covariance import mixture
-from nspo2_trl.engine.filter import figures
+from nspo2_trl.engine.filter import NoiseFilter, figures
 from nspo2_trl.training.samples import sample_share
 
 
 def config(**options):
-    defaults = {
-        "sentinel": False,
-        "projection_rank": 4,
-        "max_rank": 32,
-        "min_rank": 4,
-        "update_freq": 2,
-        "cov_momentum": 0.9,
-    }
-    return NSPO2Config(**(defaults | {"target_bias": 1.0} | options))
+    defaults = {"projection_rank": 4, "min_rank": 4, "update_freq": 2, "cov_momentum": 0.9, "target_bias": 1.0}
+    return NSPO2Config(**({"sentinel": False} | defaults | options))
 
 
 def stream(steps, n, blocks, dim, seed=0, dtype=torch.float32):
@@ -42,7 +35,7 @@ def stream(steps, n, blocks, dim, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-8)])
 def test_agrees_with_the_slow_reference(strategy, n, dtype, tolerance):
     blocks, dim = 3, 24
-    engine = NSPO2(config(strategy=strategy), recent=False)
+    engine = NoiseFilter(config(strategy=strategy), recent=False)
     slow = [Reference(dim, strategy) for _ in range(blocks)]
     for samples in stream(15, n, blocks, dim, dtype=dtype):
         got = engine.step(samples, samples.mean(0))
@@ -61,7 +54,7 @@ def test_factored_is_the_reference_with_every_row_a_sample():
     """A block of m vectors: right covariance over d from n·m rows; the reference direction is one of m·d entries."""
     torch.manual_seed(0)
     n, vectors, dim = 3, 2, 12
-    engine = NSPO2(config(strategy="noise", trust_radius=1e9))
+    engine = NoiseFilter(config(strategy="noise", trust_radius=1e9))
     covariance = None
     for step in range(8):
         samples = torch.randn(n, 1, vectors, dim, dtype=torch.float64) * torch.logspace(1, -1, dim)
@@ -85,10 +78,10 @@ def test_factored_is_the_reference_with_every_row_a_sample():
     radius=st.floats(0.01, 2),
     target=st.floats(0.01, 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 def test_invariants_of_the_filter(seed, strategy, n, vectors, dim, radius, target):
     torch.manual_seed(seed)
-    engine = NSPO2(config(strategy=strategy, trust_radius=radius, target_bias=target, min_rank=0))
+    engine = NoiseFilter(config(strategy=strategy, trust_radius=radius, target_bias=target, min_rank=0))
     for _ in range(7):
         samples = torch.randn(n, 2, vectors, dim) * torch.logspace(1, -1, dim) + 0.3
         grad = samples.mean(0)
@@ -107,11 +100,11 @@ def test_invariants_of_the_filter(seed, strategy, n, vectors, dim, radius, targe
 
 
 def test_rank_zero_and_inactive_return_the_gradient_itself():
-    for engine in (NSPO2(config(projection_rank=0, min_rank=0)), NSPO2(config())):
-        engine.set_active(False)
-        for samples in stream(6, 3, 1, 10):
-            grad = samples.mean(0)
-            assert engine.step(samples, grad) is grad
+    nothing, inactive = NoiseFilter(config(projection_rank=0, min_rank=0)), NoiseFilter(config())
+    inactive.active = False
+    for samples in stream(6, 3, 1, 10):
+        grad = samples.mean(0)
+        assert nothing.step(samples, grad) is inactive.step(samples, grad) is grad
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -119,7 +112,7 @@ def test_finds_planted_noise_and_scores_it_on_fresh_samples(n):
     torch.manual_seed(0)
     dim, planted = 200, torch.linalg.qr(torch.randn(200, 4)).Q
     options = {"projection_rank": 8, "update_freq": 10, "cov_momentum": 0.97, "trust_radius": 1e9, "min_rank": 0}
-    engine = NSPO2(config(strategy="noise", **options), recent=False)
+    engine = NoiseFilter(config(strategy="noise", **options), recent=False)
     ranks = []
     for step in range(200):
         noise = torch.randn(n, 4) @ planted.T * 5 + 0.1 * torch.randn(n, dim)
@@ -138,11 +131,11 @@ def test_finds_planted_noise_and_scores_it_on_fresh_samples(n):
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_white_noise_promises_nothing(n):
-    """Invariant 6: scored on unseen rows, a basis fitted on white noise removes rank/d and no more."""
+    """Scored on unseen rows, a basis fitted on white noise removes rank/d and no more."""
     torch.manual_seed(0)
     dim = 400
-    fixed = NSPO2(config(strategy="noise", min_rank=4, update_freq=5, cov_momentum=0.97, trust_radius=1e9))
-    free = NSPO2(config(strategy="noise", min_rank=0, update_freq=5, cov_momentum=0.97))
+    fixed = NoiseFilter(config(strategy="noise", min_rank=4, update_freq=5, cov_momentum=0.97, trust_radius=1e9))
+    free = NoiseFilter(config(strategy="noise", min_rank=0, update_freq=5, cov_momentum=0.97))
     for _ in range(50):
         samples = torch.randn(n, 8, 1, dim)
         for engine in (fixed, free):
@@ -155,7 +148,7 @@ def test_white_noise_promises_nothing(n):
 def test_white_noise_is_not_significant_at_the_first_solve_either(update_freq):
     """With one sample a step the newest difference is held back, so that one step fewer was learned from."""
     torch.manual_seed(0)
-    engine = NSPO2(config(min_rank=0, update_freq=update_freq, cov_momentum=0.97))
+    engine = NoiseFilter(config(min_rank=0, update_freq=update_freq, cov_momentum=0.97))
     for _ in range(update_freq + 2):
         samples = torch.randn(1, 100, 1, 200)
         engine.step(samples, samples[0])
@@ -171,7 +164,7 @@ def test_noise_scale_and_signal_removed_on_a_planted_problem(n):
     signal[0], signal[50] = 0.8, 0.6
     scales = torch.full((dim,), 0.05)
     scales[:4] = 1.0
-    engine = NSPO2(config(strategy="noise", update_freq=10, cov_momentum=0.97, trust_radius=1e9, min_rank=4))
+    engine = NoiseFilter(config(strategy="noise", update_freq=10, cov_momentum=0.97, trust_radius=1e9, min_rank=4))
     scales *= n**0.5  # the mean over n samples is equally noisy in both cases
     for _ in range(600):
         samples = (signal + torch.randn(n, dim) * scales)[:, None, None]
@@ -185,7 +178,7 @@ def test_noise_scale_and_signal_removed_on_a_planted_problem(n):
 
 def test_figures_without_evidence_are_left_out():
     torch.manual_seed(0)
-    engine = NSPO2(config())
+    engine = NoiseFilter(config())
     for _ in range(40):
         samples = torch.randn(4, 1, 1, 50)
         engine.step(samples, samples.mean(0))
@@ -193,7 +186,7 @@ def test_figures_without_evidence_are_left_out():
 
 
 def test_anneal_ends_the_projection():
-    engine = NSPO2(config(anneal=0.5))
+    engine = NoiseFilter(config(anneal=0.5))
     for samples in stream(6, 3, 1, 20):
         engine.step(samples, samples.mean(0))
     assert engine.strength == 1 and engine.is_active
@@ -204,7 +197,7 @@ def test_anneal_ends_the_projection():
 
 
 def test_strength_removes_its_share():
-    full, half = NSPO2(config(strategy="keep")), NSPO2(config(strategy="keep", strength=0.5))
+    full, half = NoiseFilter(config(strategy="keep")), NoiseFilter(config(strategy="keep", strength=0.5))
     for samples in stream(5, 3, 2, 20):
         grad = samples.mean(0)
         a, b = full.step(samples, grad), half.step(samples, grad)
@@ -214,8 +207,8 @@ def test_strength_removes_its_share():
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stop", [3, 4, 7])
 def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, n, stop):
-    whole, first = NSPO2(config()), NSPO2(config())
-    second = NSPO2(config())
+    whole, first = NoiseFilter(config()), NoiseFilter(config())
+    second = NoiseFilter(config())
     for step, samples in enumerate(stream(14, n, 2, 20)):
         if step == stop:
             torch.save(first.state_dict(), tmp_path / "state.pt")
@@ -228,104 +221,30 @@ def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, n, stop):
 
 
 def test_a_state_of_other_blocks_is_refused():
-    small, large = NSPO2(config()), NSPO2(config(projection_rank=6, min_rank=6))
+    small, large = NoiseFilter(config()), NoiseFilter(config(projection_rank=6, min_rank=6))
     for samples in stream(4, 2, 1, 20):
         small.step(samples, samples.mean(0))
     with pytest.raises(ValueError, match="this run needs"):
         large.load_state_dict(small.state_dict())
 
 
-# ---- by hand ----
-
-
-def test_hook_takes_any_shape_and_equals_step():
-    by_hand, engine = NSPO2(config()), NSPO2(config())
-    for samples in stream(9, 1, 1, 24):
-        grad = samples.view(2, 3, 4)
-        got = by_hand.hook(grad)
-        by_hand.step_end()
-        assert torch.equal(got.flatten(), engine.step(samples, samples[0]).flatten())
-    assert by_hand.get_metrics()["step_count"] == 9
-
-
-def test_hook_with_several_micro_batches_a_step():
-    by_hand, engine = NSPO2(config()), NSPO2(config())
-    for samples in stream(9, 3, 1, 24):
-        got = sum(by_hand.hook(sample) for sample in samples) / 3
-        by_hand.step_end()
-        assert torch.allclose(got, engine.step(samples, samples.mean(0)), atol=1e-5)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_bad_numbers_teach_nothing_and_are_counted(bad):
-    engine, clean = NSPO2(config()), NSPO2(config())
-    for step, samples in enumerate(stream(10, 1, 1, 24)):
-        if step == 6:
-            ill = samples[0].clone()
-            ill[0, 0, 3] = bad
-            assert engine.hook(ill) is ill
-            engine.step_end()
-        got, expected = engine.hook(samples[0]), clean.hook(samples[0])
-        assert torch.equal(got, expected)
-        engine.step_end()
-        clean.step_end()
-    assert engine.get_metrics()["skipped_steps"] == 1 and clean.get_metrics()["skipped_steps"] == 0
-
-
-def test_bad_numbers_on_the_very_first_step():
-    engine = NSPO2()
-    engine.hook(torch.tensor([float("nan"), 1.0]))
-    engine.step_end()
-    assert engine.get_metrics()["skipped_steps"] == 1
-
-
-def test_half_precision_gradients_are_filtered_in_float32():
-    engine, reference = NSPO2(config()), NSPO2(config())
-    for samples in stream(9, 1, 1, 24):
-        half = samples[0].bfloat16()
-        got, expected = engine.hook(half), reference.hook(half.float())
-        engine.step_end()
-        reference.step_end()
-        assert got.dtype == torch.bfloat16 and torch.equal(got, expected.bfloat16())
-
-
-def test_sizes_are_checked_by_hand():
-    with pytest.raises(ValueError, match="`dim` is 10, but the gradient has 12 entries"):
-        NSPO2(config(dim=10)).hook(torch.ones(3, 4))
-    engine = NSPO2(config())
-    engine.hook(torch.ones(12))
-    with pytest.raises(ValueError, match="`dim` is 12, but the gradient has 7 entries"):
-        engine.hook(torch.ones(7))
-
-
-def test_hook_keeps_its_own_copy_of_the_sample():
-    """As a tensor hook it sees gradients that autograd then adds the next micro-batch to, in place."""
-    engine = NSPO2(config())
-    weight = torch.ones(5, requires_grad=True)
-    weight.register_hook(engine.hook)
-    for factor in (1.0, 2.0, 4.0):
-        (weight.sum() * factor).backward()
-    assert [sample.flatten()[0].item() for sample in engine._hooked] == [1, 2, 4]
-    assert weight.grad[0] == 7
-
-
 def test_min_rank_is_bounded_by_rank_and_block_and_removes_no_whole_gradient():
     torch.manual_seed(0)
     for options, dim, most in (({"projection_rank": 4, "min_rank": 8}, 40, 4), ({"min_rank": 4}, 4, 2)):
-        engine = NSPO2(config(strategy="noise", trust_radius=1e9, **options))
+        engine = NoiseFilter(config(strategy="noise", trust_radius=1e9, **options))
         for _ in range(12):
             samples = torch.randn(3, 3, 1, dim)
             result = engine.step(samples, samples.mean(0))
         assert engine.head().taken.sum(1).max() <= most
         assert (result.norm(dim=(1, 2)) > 0.05 * samples.mean(0).norm(dim=(1, 2))).all()
-        assert math.isfinite(engine.get_metrics()["bias"])
+        assert math.isfinite(figures([engine])["bias"])
 
 
 def test_steps_of_one_sample_among_others_do_not_bias_the_noise_scale():
     torch.manual_seed(0)
     signal = torch.zeros(60)
     signal[0] = 1.0
-    engine = NSPO2(config(cov_momentum=0.97), recent=False)
+    engine = NoiseFilter(config(cov_momentum=0.97), recent=False)
     for step in range(500):
         n = 1 if step % 4 == 3 else 4
         samples = (signal + torch.randn(n, 60))[:, None, None]
@@ -333,13 +252,13 @@ def test_steps_of_one_sample_among_others_do_not_bias_the_noise_scale():
     assert figures([engine])["noise_scale"] == pytest.approx(60 / 4, rel=0.15)
 
 
-@pytest.mark.parametrize("update_freq", [2, 5, 10])
-@pytest.mark.parametrize("n", [2, 4, 6, 8, 16])
+@pytest.mark.parametrize("update_freq", [2, 10])
+@pytest.mark.parametrize("n", [2, 6, 16])
 def test_white_noise_is_not_significant_where_some_steps_are_left_out(n, update_freq):
     """The eigenvalues, the trace and the edge are of the same samples, whichever steps those came from."""
     torch.manual_seed(0)
     options = {"min_rank": 0, "projection_rank": 16, "max_rank": 32, "cov_momentum": 0.97, "update_freq": update_freq}
-    engine, share, ranks = NSPO2(config(**options), share=sample_share(n)), sample_share(n), []
+    engine, share, ranks = NoiseFilter(config(**options), share=sample_share(n)), sample_share(n), []
     for step in range(60):
         learns = int((step + 20) * share) > int((step + 19) * share)
         samples = torch.randn(n, 8, 1, 4000) if learns else None
@@ -353,7 +272,7 @@ def test_white_noise_is_not_significant_where_some_steps_are_left_out(n, update_
 def test_factored_rows_of_one_sample_are_not_independent():
     """Noise white over d whose m rows are the same up to a factor: m times the rows, but no more evidence."""
     torch.manual_seed(0)
-    engine = NSPO2(config(min_rank=0, projection_rank=16, cov_momentum=0.97))
+    engine = NoiseFilter(config(min_rank=0, projection_rank=16, cov_momentum=0.97))
     for _ in range(50):
         factors = torch.nn.functional.normalize(torch.randn(4, 4, 8, 1), dim=2)
         samples = factors * torch.randn(4, 4, 1, 300)
@@ -361,33 +280,13 @@ def test_factored_rows_of_one_sample_are_not_independent():
     assert engine.rank.double().mean() < 0.3
 
 
-def test_options_are_copied():
-    options = config()
-    engine = NSPO2(options)
-    for samples in stream(5, 1, 1, 24):
-        engine.hook(samples[0])
-        engine.step_end()
-        options["projection_rank"] = 8
-    assert engine.config.projection_rank == 4
-
-
-def test_reset_forgets():
-    engine, fresh = NSPO2(config()), NSPO2(config())
-    for samples in stream(5, 1, 1, 24):
-        engine.hook(samples[0])
-        engine.step_end()
-    engine.reset()
-    for samples in stream(5, 1, 1, 24, seed=1):
-        assert torch.equal(engine.hook(samples[0]), fresh.hook(samples[0]))
-        engine.step_end()
-        fresh.step_end()
-
-
 def test_a_bfloat16_basis_costs_half_the_memory_and_little_accuracy():
     """Directions rounded to 8 bits: what is left in them of a gradient is of the size of the rounding."""
     torch.manual_seed(0)
     options = {"strategy": "noise", "trust_radius": 1e9, "update_freq": 5, "min_rank": 4, "cov_momentum": 0.97}
-    fine, rough = (NSPO2(config(basis_dtype=dtype, **options), recent=False) for dtype in ("float32", "bfloat16"))
+    fine, rough = (
+        NoiseFilter(config(basis_dtype=dtype, **options), recent=False) for dtype in ("float32", "bfloat16")
+    )
     planted = torch.linalg.qr(torch.randn(2000, 4)).Q
     for _ in range(60):
         samples = torch.randn(4, 1, 1, 4) @ planted.T * 30 + torch.randn(4, 1, 1, 2000)
@@ -409,7 +308,7 @@ def test_a_mixture_of_a_matrix_s_rows_is_unbiased():
     mixed = [mixture(3, 16, seed) @ grad for seed in range(4000)]
     mean = sum(part.T @ part for part in mixed) / len(mixed)
     assert torch.allclose(mean, grad.T @ grad, atol=0.05 * torch.linalg.matrix_norm(grad.T @ grad, 2).item())
-    engine = NSPO2(config(update_freq=10, max_rank=32), recent=False)
+    engine = NoiseFilter(config(update_freq=10, max_rank=32), recent=False)
     for _ in range(10):
         samples = torch.randn(4, 1, 16, 40)
         engine.step(samples, samples.mean(0))
