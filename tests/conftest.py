@@ -81,6 +81,18 @@ def make_trainer(pairs, tmp_path):
     return make
 
 
+@pytest.fixture
+def trained(make_trainer):
+    """`make_trainer`, and the training done."""
+
+    def make(*args, **options):
+        trainer = make_trainer(*args, **options)
+        trainer.train()
+        return trainer
+
+    return make
+
+
 def trainable(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 

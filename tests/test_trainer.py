@@ -25,35 +25,28 @@ from nspo2_trl.training.samples import sample_share
 # ---- equality with DPOTrainer (invariant 1) ----
 
 
-@pytest.mark.parametrize("off", [{"nspo2_enabled": False}, {"nspo2_projection_rank": 0}])
-@pytest.mark.parametrize("kind", ["plain", "one micro-batch", "checkpointing"])
-def test_off_equals_dpo_trainer_bit_for_bit(make_trainer, off, kind):
-    args = {
-        "plain": {},
-        "one micro-batch": {"gradient_accumulation_steps": 1},
-        "checkpointing": {"gradient_checkpointing": True},
-    }[kind]
-    ours, plain = make_trainer(max_steps=10, **off, **args), make_trainer(DPOTrainer, max_steps=10, **args)
-    ours.train()
-    plain.train()
+@pytest.mark.parametrize(
+    "off, args",
+    [
+        ({"nspo2_enabled": False}, {}),
+        ({"nspo2_projection_rank": 0}, {"gradient_checkpointing": True}),
+        ({"nspo2_projection_rank": 0}, {"gradient_accumulation_steps": 1}),
+    ],
+)
+def test_off_equals_dpo_trainer_bit_for_bit(trained, off, args):
+    ours, plain = trained(**off, **args), trained(DPOTrainer, **args)
     assert_same(trainable(ours), trainable(plain))
-    assert losses(ours) == losses(plain) and len(losses(ours)) == 10
+    assert losses(ours) == losses(plain) and len(losses(ours)) == 8
+    if "nspo2_enabled" not in off:  # it still measures
+        assert figures(ours, "active") == [0] * 8 and ours.nspo2.filters[0].step_count == 8
+        assert not figures(ours, "variance_reduction")
 
 
-def test_equal_until_the_first_basis_and_different_after(make_trainer):
-    ours, plain = make_trainer(nspo2_update_freq=4), make_trainer(DPOTrainer)
-    ours.train()
-    plain.train()
+def test_equal_until_the_first_basis_and_different_after(trained):
+    ours, plain = trained(nspo2_update_freq=4), trained(DPOTrainer)
     assert losses(ours)[:5] == losses(plain)[:5]
     assert losses(ours)[5:] != losses(plain)[5:]
     assert figures(ours, "active") == [0, 0, 0, 0, 1, 1, 1, 1]
-
-
-def test_rank_zero_still_measures(make_trainer):
-    trainer = make_trainer(nspo2_projection_rank=0, nspo2_min_rank=0)
-    trainer.train()
-    assert figures(trainer, "active") == [0] * 8 and trainer.nspo2.filters[0].step_count == 8
-    assert not figures(trainer, "variance_reduction")
 
 
 # ---- against a loop written out by hand ----
@@ -103,26 +96,24 @@ def test_equals_a_loop_by_hand(make_trainer, accumulation, covariance):
             grad = torch.cat([g.flatten() for g in mean[mine]])[None, None] * clip
             split = engine.step(stack if learns else None, grad)[0, 0].split([p.numel() for p in block.params])
             filtered += [g.view_as(p) for g, p in zip(split, block.params)]
+        assert step < 5 or any((f - g * clip).norm() > 0.1 * f.norm() for f, g in zip(filtered, mean))
         with torch.no_grad():
             for p, g in zip(params, filtered):
                 p -= 0.05 * g
     first, second = trainable(trainer), trainable(by_hand)
     for name in first:
         assert torch.allclose(first[name], second[name], atol=2e-6), name
-    # and this is far from what plain DPO does
-    plain = make_trainer(DPOTrainer, **{k: v for k, v in args.items() if not k.startswith("nspo2")})
-    plain.train()
-    assert max((first[name] - other).abs().max() for name, other in trainable(plain).items()) > 1e-4
 
 
 # ---- checkpoints (invariant 4) ----
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, tmp_path, accumulation):
-    args = {"save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": accumulation, "max_steps": 9}
-    whole = make_trainer(**args)
-    whole.train()
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 1}, {"nspo2_apply_to": "update"}], ids=lambda args: [*args, ""][0]
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, trained, tmp_path, options):
+    args = {"save_strategy": "steps", "save_steps": 5, "max_steps": 7} | options
+    whole = trained(**args)
     resumed = make_trainer(**args)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
     assert_same(trainable(whole), trainable(resumed))
@@ -132,25 +123,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, tmp_path, accumu
 
 
 def test_missing_or_broken_state_is_named_and_the_run_goes_on(make_trainer, tmp_path, caplog):
-    args = {"save_strategy": "steps", "save_steps": 5}
+    args = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
     make_trainer(**args).train()
-    checkpoint = tmp_path / "out/checkpoint-5"
     for damage in ("missing", "broken", "other"):
         folder = tmp_path / damage
-        shutil.copytree(checkpoint, folder)
+        shutil.copytree(tmp_path / "out/checkpoint-3", folder)
         state = folder / NSPO2_STATE_NAME
         if damage == "missing":
             state.unlink()
         elif damage == "broken":
             state.write_bytes(b"not a state")
-        options = {"nspo2_max_rank": 7} if damage == "other" else {}
-        resumed = make_trainer(**args, **options)
-        with caplog.at_level(logging.WARNING):
-            caplog.clear()
-            resumed.train(resume_from_checkpoint=str(folder))
+        resumed = make_trainer(**args, **({"nspo2_max_rank": 7} if damage == "other" else {}))
+        caplog.clear()
+        resumed.train(resume_from_checkpoint=str(folder))
         assert any(str(state) in record.getMessage() for record in caplog.records), damage
-        assert resumed.nspo2.filters[0].step_count == 3  # a fresh estimate
-        assert resumed.state.global_step == 8
+        assert resumed.nspo2.filters[0].step_count == 1  # a fresh estimate
+        assert resumed.state.global_step == 4
 
 
 # ---- bad numbers (invariant 5) ----
@@ -158,32 +146,25 @@ def test_missing_or_broken_state_is_named_and_the_run_goes_on(make_trainer, tmp_
 
 def test_nan_loss_in_the_middle_of_a_run(make_trainer):
     class Sick(NSPO2DPOTrainer):
-        calls = 0
+        calls, before = 0, []
 
         def compute_loss(self, *args, **kwargs):
             self.calls += 1
             loss = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.calls == 10 else loss  # in step 5 of 2 micro-batches each
 
+        def _nspo2_before_step(self):
+            learned = [(part.cov.stack.clone(), part.reference.clone()) for part in self.nspo2.filters if part.cov]
+            self.before.append((trainable(self), learned))
+            super()._nspo2_before_step()
+
     trainer = make_trainer(Sick)
-    before = []
-    step = trainer._nspo2_before_step
-
-    def watch():
-        before.append((trainable(trainer), trainer.nspo2.state_dict()["groups"]))
-        step()
-
-    trainer._nspo2_before_step = watch
     trainer.train()
     assert figures(trainer, "skipped_steps") == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert_same(before[4][0], before[5][0])  # the step did nothing
-    for name, group in before[4][1].items():
-        after = before[5][1][name]
-        assert torch.equal(group["cov"]["stack"], after["cov"]["stack"]) and torch.equal(
-            group["reference"], after["reference"]
-        )
-    assert all(torch.isfinite(p).all() for p in trainable(trainer).values())
-    assert not torch.equal(next(iter(before[5][0].values())), next(iter(trainable(trainer).values())))
+    (weights, learned), (same, unchanged), (other, _) = trainer.before[4:7]
+    assert_same(weights, same)  # the step did nothing
+    assert all(torch.equal(a, b) for old, new in zip(learned, unchanged) for a, b in zip(old, new)) and learned
+    assert all(torch.isfinite(p).all() and not torch.equal(p, same[name]) for name, p in other.items())
 
 
 def test_nan_outside_the_blocks_is_skipped_too(make_trainer):
@@ -196,37 +177,25 @@ def test_nan_outside_the_blocks_is_skipped_too(make_trainer):
     assert all(torch.isfinite(p).all() for p in trainable(trainer).values())
 
 
-def test_anneal_ends_the_projection_after_its_share_of_training(make_trainer):
-    trainer = make_trainer(nspo2_anneal=0.5)
-    trainer.train()
+def test_anneal_ends_the_projection_after_its_share_of_training(trained):
+    trainer = trained(nspo2_anneal=0.5)
     assert figures(trainer, "active") == [0, 0, 1, 1, 0, 0, 0, 0]
 
 
 # ---- in update space ----
 
 
-def test_update_space_filters_what_the_optimizer_changed(make_trainer):
+def test_update_space_filters_what_the_optimizer_changed(trained):
     """With SGD and full strength both spaces are the same; with Adam they are not."""
-    sgd = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
-    gradient, update = make_trainer(**sgd), make_trainer(nspo2_apply_to="update", **sgd)
-    gradient.train()
-    update.train()
-    for name, p in trainable(gradient).items():
-        assert torch.allclose(p, trainable(update)[name], atol=1e-6), name
-    gradient, update = make_trainer(), make_trainer(nspo2_apply_to="update")
-    gradient.train()
-    update.train()
-    assert losses(gradient)[:3] == losses(update)[:3] and losses(gradient)[4:] != losses(update)[4:]
-    assert figures(update, "active")[-1] == 1
-
-
-def test_update_space_resumes_bit_for_bit(make_trainer, tmp_path):
-    args = {"save_strategy": "steps", "save_steps": 5, "nspo2_apply_to": "update"}
-    whole = make_trainer(**args)
-    whole.train()
-    resumed = make_trainer(**args)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-5"))
-    assert_same(trainable(whole), trainable(resumed))
+    for optim in ("sgd", "adamw_torch"):
+        sgd = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"} if optim == "sgd" else {}
+        gradient, update = trained(max_steps=6, **sgd), trained(nspo2_apply_to="update", max_steps=6, **sgd)
+        assert figures(update, "active")[-1] == 1
+        if optim == "sgd":
+            for name, p in trainable(gradient).items():
+                assert torch.allclose(p, trainable(update)[name], atol=1e-6), name
+        else:
+            assert losses(gradient)[:3] == losses(update)[:3] and losses(gradient)[4:] != losses(update)[4:]
 
 
 def test_sentinel_reads_eval_loss_and_its_state_survives(make_trainer, pairs, tmp_path, caplog):
@@ -251,12 +220,9 @@ def test_sentinel_reads_eval_loss_and_its_state_survives(make_trainer, pairs, tm
 # ---- what it works with ----
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
-def test_optimizers(make_trainer, optim):
-    off = make_trainer(optim=optim, nspo2_enabled=False, max_steps=6)
-    on = make_trainer(optim=optim, max_steps=6)
-    off.train()
-    on.train()
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd", "adafactor"])
+def test_optimizers(trained, optim):
+    off, on = trained(optim=optim, nspo2_enabled=False, max_steps=5), trained(optim=optim, max_steps=5)
     assert losses(on)[:3] == losses(off)[:3]
     assert any(not torch.equal(p, trainable(off)[name]) for name, p in trainable(on).items())
     assert figures(on, "active")[-1] == 1
@@ -264,10 +230,8 @@ def test_optimizers(make_trainer, optim):
 
 @pytest.mark.slow  # compiling takes a minute or more
 def test_compiled_models_teach_the_same(make_trainer):
-    eager, compiled = (
-        make_trainer(max_steps=6),
-        make_trainer(torch_compile=True, torch_compile_backend="aot_eager", max_steps=6),
-    )
+    eager = make_trainer(max_steps=6)
+    compiled = make_trainer(torch_compile=True, torch_compile_backend="aot_eager", max_steps=6)
     eager.train()
     compiled.train()
     assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
@@ -277,11 +241,13 @@ def test_compiled_models_teach_the_same(make_trainer):
     assert expected and figures(compiled, "variance_reduction") == pytest.approx(expected, rel=1e-3)
 
 
-def test_optimizer_and_scheduler_passed_in(make_trainer):
+def test_a_ready_peft_model_with_an_optimizer_of_ones_own(make_trainer):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
     optimizer = torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    trainer = make_trainer(model=model, model_init_kwargs=None, trainer={"optimizers": (optimizer, scheduler)})
+    parts = {"optimizers": (optimizer, scheduler)}
+    trainer = make_trainer(model=model, model_init_kwargs=None, trainer=parts, max_steps=4)
+    assert not any(":ref" in block.name for block in lora_blocks(trainer.model))
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer and figures(trainer, "active")[-1] == 1
 
@@ -293,69 +259,46 @@ def test_optimizer_and_scheduler_passed_in(make_trainer):
         {"use_rslora": True},
         {"modules_to_save": ["norm"]},
         {"target_modules": ["embed_tokens", "q_proj"]},
-        {"bias": "lora_only"},
     ],
     ids=lambda lora: next(iter(lora)),
 )
 def test_kinds_of_lora(make_trainer, lora):
-    trainer = make_trainer(lora=lora)
-    before = trainable(trainer)
-    trainer.train()
-    in_blocks = [p for block in lora_blocks(trainer.model) for p in block.params]
-    names = [n for n, p in trainer.model.named_parameters() if any(p is q for q in in_blocks)]
-    assert all("lora_" in name for name in names)
-    if "use_dora" in lora:
-        assert all(len(block.params) == 3 for block in lora_blocks(trainer.model))
-    if "embed_tokens" in lora.get("target_modules", []):
-        assert any("lora_embedding_A" in name for name in names)
-    assert figures(trainer, "active")[-1] == 1 and figures(trainer, "variance_reduction")
-    moved = [name for name, p in trainable(trainer).items() if not torch.equal(p, before[name])]
-    assert set(names) <= set(moved)
-    if "modules_to_save" in lora:
-        assert any("modules_to_save" in name for name in set(moved) - set(names))
-
-
-def test_what_is_in_no_block_is_untouched(make_trainer):
-    """With full removal of a block's gradient the norm that is in no block still gets plain DPO's gradient."""
-    seen = {}
+    """What is no matrix of LoRA is in no block, and keeps its gradient as it is."""
 
     class Watch(NSPO2DPOTrainer):
         def _nspo2_before_step(self):
-            name, p = next(
-                (n, p) for n, p in self.model.named_parameters() if "modules_to_save" in n and p.requires_grad
-            )
-            before = p.grad.clone()
+            before = [p.grad.clone() for p in others]
             super()._nspo2_before_step()
-            seen[name] = seen.get(name, True) and torch.equal(before, p.grad)
+            assert all(torch.equal(a, p.grad) for a, p in zip(before, others))
 
-    trainer = make_trainer(Watch, lora={"modules_to_save": ["norm"]})
+    trainer = make_trainer(Watch, lora=lora, max_steps=5)
+    before = trainable(trainer)
+    blocks = lora_blocks(trainer.model)
+    inside = {id(p) for block in blocks for p in block.params}
+    others = [p for p in trainer.model.parameters() if p.requires_grad and id(p) not in inside]
+    names = {n for n, p in trainer.model.named_parameters() if id(p) in inside}
+    assert all("lora_" in name for name in names)
     trainer.train()
-    assert list(seen.values()) == [True]
+    assert len(blocks[0].params) == (3 if "use_dora" in lora else 2)
+    assert any("lora_embedding_A" in name for name in names) == ("target_modules" in lora)
+    assert bool(others) == ("modules_to_save" in lora)
+    assert figures(trainer, "active")[-1] == 1 and figures(trainer, "variance_reduction")
+    moved = {name for name, p in trainable(trainer).items() if not torch.equal(p, before[name])}
+    assert names <= moved and ("modules_to_save" not in lora or len(moved) > len(names))
 
 
-def test_a_ready_peft_model(make_trainer):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
-    trainer = make_trainer(model=model, model_init_kwargs=None)
-    assert not any(":ref" in block.name for block in lora_blocks(trainer.model))
-    trainer.train()
-    assert figures(trainer, "active")[-1] == 1
-
-
-def test_gradient_checkpointing_sees_the_same_samples(make_trainer):
-    with_it, without = make_trainer(gradient_checkpointing=True), make_trainer()
-    with_it.train()
-    without.train()
+def test_gradient_checkpointing_sees_the_same_samples(trained):
+    with_it, without = trained(gradient_checkpointing=True, max_steps=5), trained(max_steps=5)
     assert losses(with_it) == pytest.approx(losses(without), rel=1e-4)
     assert figures(with_it, "variance_reduction") == pytest.approx(figures(without, "variance_reduction"), rel=1e-3)
 
 
-def test_bf16_autocast_and_bf16_adapters(make_trainer):
-    trainer = make_trainer(bf16=True)
-    trainer.train()
+def test_bf16_autocast_and_bf16_adapters(make_trainer, trained):
+    trainer = trained(bf16=True, max_steps=4)
     assert figures(trainer, "active")[-1] == 1
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(**LORA), autocast_adapter_dtype=False)
-    trainer = make_trainer(model=model, model_init_kwargs=None)
+    trainer = make_trainer(model=model, model_init_kwargs=None, max_steps=4)
     assert all(p.dtype == torch.bfloat16 for p in trainable(trainer).values())
     trainer.train()
     assert figures(trainer, "active")[-1] == 1
@@ -409,20 +352,20 @@ def test_loss_scale_of_fp16_is_taken_out_and_overflow_teaches_nothing(make_train
             self.accelerator.state._mixed_precision = "fp16"  # not before, so that the model stays in float32
             self.calls += 1
             loss = super().compute_loss(*args, **kwargs)
-            return loss * float("inf") if self.calls == 9 else loss
+            return loss * float("inf") if self.calls == 5 else loss
 
         def autocast_smart_context_manager(self, *args, **kwargs):
             return contextlib.nullcontext()
 
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    trainer = make_trainer(Scaled)
+    trainer = make_trainer(Scaled, max_steps=4)
     seen = watch_samples(trainer)
     try:
         trainer.train()
     finally:
         trainer.accelerator.state._mixed_precision = "no"
     for step, (mean, grad, _) in enumerate(seen):
-        if step != 4:  # the gradient is clipped, so only the direction is the same
+        if step != 2:  # the gradient is clipped, so only the direction is the same
             cosine = torch.nn.functional.cosine_similarity(mean.flatten(), grad.flatten(), 0)
             assert cosine > 0.999 and mean.norm() < 100, step
     assert figures(trainer, "skipped_steps")[-1] == 1 and scaler.get_scale() == 512
@@ -432,15 +375,12 @@ def test_loss_scale_of_fp16_is_taken_out_and_overflow_teaches_nothing(make_train
 # ---- what it logs ----
 
 
-def test_logged_figures(make_trainer):
-    trainer = make_trainer(logging_steps=2)
-    trainer.train()
-    last = trainer.state.log_history[-2]
-    for name in ("variance_reduction", "bias", "rank", "alpha", "grad_norm_raw", "grad_norm", "overhead_ms", "active"):
-        assert f"nspo2/{name}" in last, name
-    assert 0 < last["nspo2/variance_reduction"] < 1 and last["nspo2/rank"] == 4
-    assert 0 < last["nspo2/grad_norm"] < last["nspo2/grad_norm_raw"] <= 1.0001  # clipped at 1
-    assert last["nspo2/bias"] < 1e-6 and last["nspo2/alpha"] == 1  # `keep`
+def test_logged_figures(trained):
+    trainer = trained(logging_steps=2, max_steps=6)
+    last = {name.removeprefix("nspo2/"): value for name, value in trainer.state.log_history[-2].items()}
+    assert 0 < last["variance_reduction"] < 1 and last["rank"] == 4 and last["active"] == 1
+    assert 0 < last["grad_norm"] < last["grad_norm_raw"] <= 1.0001 and last["overhead_ms"] > 0  # clipped at 1
+    assert last["bias"] < 1e-6 and last["alpha"] == 1  # `keep`
 
 
 # ---- refusals ----
@@ -479,42 +419,24 @@ def test_unusable_data_is_refused(make_trainer, rows, message):
         make_trainer(trainer={"train_dataset": Dataset.from_dict(rows)})
 
 
+PLAN = SimpleNamespace(tp_enabled=True, cp_enabled=False, sp_enabled=False)
+OFFLOAD = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_offload=CPUOffloadPolicy()))
+
+
 @pytest.mark.parametrize(
-    "kind, words",
+    "kind, more, words",
     [
-        (DistributedType.FSDP, "FSDP1"),
-        (DistributedType.MEGATRON_LM, "MEGATRON"),
+        ("FSDP", {"is_fsdp2": False}, "NSPO2 does not support .*FSDP1.*accelerate launch --multi_gpu"),
+        ("MEGATRON_LM", {}, "NSPO2 does not support .*MEGATRON.*accelerate launch --multi_gpu"),
+        ("FSDP", {"is_fsdp2": True, "state": OFFLOAD}, "fsdp_offload_params: false"),
+        ("MULTI_GPU", {"parallelism_config": PLAN}, "does not support tensor, context or sequence parallelism"),
+        ("NO", {"device": torch.device("mps"), "parallelism_config": None}, "use_cpu=True"),
     ],
 )
-def test_unsupported_launches_are_refused(kind, words):
-    with pytest.raises(ValueError, match=f"NSPO2 does not support .*{words}.*accelerate launch --multi_gpu"):
-        refuse_unsupported(SimpleNamespace(distributed_type=kind, is_fsdp2=False))
-
-
-def test_fsdp_offloading_is_refused():
-    plugin = SimpleNamespace(cpu_offload=CPUOffloadPolicy())
-    state = SimpleNamespace(fsdp_plugin=plugin)
-    with pytest.raises(ValueError, match="fsdp_offload_params: false"):
-        refuse_unsupported(SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state))
-
-
-def test_other_parallelism_and_mps_are_refused():
-    plan = SimpleNamespace(tp_enabled=True, cp_enabled=False, sp_enabled=False)
-    common = {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match="does not support tensor, context or sequence parallelism"):
-        refuse_unsupported(SimpleNamespace(parallelism_config=plan, **common))
-    common = {"distributed_type": DistributedType.NO, "device": torch.device("mps")}
-    with pytest.raises(ValueError, match="use_cpu=True"):
-        refuse_unsupported(SimpleNamespace(parallelism_config=None, **common))
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [("strategy", "quiet"), ("projection_rank", -1), ("update_freq", 0), ("trust_radius", 0.0), ("covariance", "x")],
-)
-def test_bad_options_name_the_field(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"^`nspo2_{name}` must be "):
-        NSPO2DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{f"nspo2_{name}": value})
+def test_unsupported_launches_are_refused(kind, more, words):
+    common = {"distributed_type": DistributedType[kind], "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match=words):
+        refuse_unsupported(SimpleNamespace(**common | more))
 
 
 def test_config_covers_every_option_of_the_engine(tmp_path):
