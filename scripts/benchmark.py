@@ -1,8 +1,7 @@
 """What NSPO2 costs, in one run against the same trainer without it; and what it brings, in many.
 
     python scripts/benchmark.py overhead --config recipes/quickstart/dpo.yaml [--steps 120] [--any_field value]
-    python scripts/benchmark.py overhead --sizes 10m 135m --lora_r 8 64 --covariance adapter factored --update_freq 10
-    python scripts/benchmark.py sizes --sizes 8b --lora_r 16
+    python scripts/benchmark.py sizes --sizes 135m 8b --lora_r 16
     python scripts/benchmark.py variance --help         what filters take away of noise and of signal
     python scripts/benchmark.py convergence --help      methods x rates x seeds, in parts, over hours
     python scripts/benchmark.py tables                  docs/results.md and plots from benchmarks/raw
@@ -10,12 +9,10 @@
     python scripts/benchmark.py --smoke                 convergence, variance and tables, tiny
 
 `overhead`: two trainers, with `nspo2_enabled` true and false, take turns step by step on the same batches: forward and
-backward passes, clipping, optimizer. With a recipe, or on randomly initialised models of the sizes of public ones. It
-gives the ratio of step times, and which part of NSPO2 takes what, by clocks inside it. With
-`torchrun --nproc_per_node 2` in place of `python` it is DDP (on a CPU add `--use_cpu`).
+backward passes, clipping, optimizer. It gives the ratio of step times, and which part of NSPO2 takes what, by clocks
+inside it. With `torchrun --nproc_per_node 2` in place of `python` it is DDP (on a CPU add `--use_cpu`).
 
-`sizes`: no model, only the adapters of one, with random gradients: bytes of state and scratch, time of each kind of
-step.
+`sizes`: no model, only the adapters of one, with random gradients: bytes of state and scratch, time of a step.
 
 These two print a table and write all figures to a JSON file.
 """
@@ -44,36 +41,23 @@ except ModuleNotFoundError as error:
 from nspo2_trl.cli.train import build, parse
 
 
-def device_name(use_cpu: bool) -> str:
-    if torch.cuda.is_available() and not use_cpu:
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread)"
-
-
-def grid(options: argparse.Namespace, names: list[str]) -> list[dict]:
-    """All combinations of the options `names`, each with a label."""
-    cells = [dict(zip(names, values)) for values in itertools.product(*(getattr(options, name) for name in names))]
-    short = {"sizes": "", "lora_r": "r", "update_freq": "every ", "projection_rank": "k", "covariance": ""}
-    label = lambda cell: ", ".join(f"{short.get(name, '')}{value}" for name, value in cell.items())
-    return [cell | {"label": label(cell), "model": cell["sizes"]} for cell in cells]
-
-
 def run_overhead(options: argparse.Namespace, recipe: list[str]) -> Iterator[dict]:
-    if "--config" in recipe:
-        recipe = [*recipe, "--eval_strategy", "no"] + (["--use_cpu", "true"] if options.use_cpu else [])
-        make = lambda enabled: build(*parse([*recipe, "--nspo2_enabled", str(enabled)]))  # noqa: E731
-        yield {"label": recipe[recipe.index("--config") + 1]} | overhead.measure(make, options.steps, "recipe")
-        return
-    if recipe:
-        raise SystemExit(f"error: unknown arguments {' '.join(recipe)}; a recipe needs `--config`.")
-    for cell in grid(options, ["sizes", "lora_r", "covariance", "update_freq"]):
-        make = lambda enabled, c=cell: overhead.sized_trainer(c, options.length, options.use_cpu, enabled)  # noqa: E731
-        yield cell | overhead.measure(make, options.steps, cell["label"])
+    if "--config" not in recipe:
+        raise SystemExit("error: `overhead` needs a recipe: give `--config recipes/quickstart/dpo.yaml`.")
+    recipe = [*recipe, "--eval_strategy", "no"] + (["--use_cpu", "true"] if options.use_cpu else [])
+    make = lambda enabled: build(*parse([*recipe, "--nspo2_enabled", str(enabled)]))
+    yield {"label": recipe[recipe.index("--config") + 1]} | overhead.measure(make, options.steps, "recipe")
 
 
-def run_sizes(options: argparse.Namespace) -> Iterator[dict]:
+def run_sizes(options: argparse.Namespace, rest: list[str]) -> Iterator[dict]:
+    if rest:
+        raise SystemExit(f"error: unknown arguments {' '.join(rest)}.")
     device = torch.device("cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu")
-    for cell in grid(options, ["sizes", "lora_r", "covariance", "projection_rank", "update_freq", "basis_dtype"]):
+    short = {"model": "", "lora_r": "r", "covariance": "", "projection_rank": "k", "update_freq": "every "}
+    names = [*short, "basis_dtype"]
+    for values in itertools.product(*(getattr(options, name) for name in names)):
+        cell = dict(zip(names, values))
+        cell["label"] = ", ".join(f"{short.get(name, '')}{value}" for name, value in cell.items())
         yield cell | sizes.measure(cell, options.micro_batches, device)
 
 
@@ -86,24 +70,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["overhead", "sizes"])
     parser.add_argument("--steps", type=int, default=120, help="overhead: pairs of steps that are counted")
-    parser.add_argument("--length", type=int, default=256, help="overhead: tokens of a completion")
-    parser.add_argument("--sizes", nargs="+", choices=list(overhead.SIZES), default=["10m"])
+    parser.add_argument("--sizes", nargs="+", choices=list(sizes.SIZES), default=["10m"], dest="model")
     parser.add_argument("--lora_r", nargs="+", type=int, default=[16])
     parser.add_argument("--covariance", nargs="+", choices=["adapter", "factored"], default=["adapter", "factored"])
     parser.add_argument("--update_freq", nargs="+", type=int, default=[10])
-    parser.add_argument("--projection_rank", nargs="+", type=int, default=[16], help="sizes: k; 2 k are tracked")
-    parser.add_argument("--basis_dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="sizes")
-    parser.add_argument("--micro_batches", type=int, default=4, help="sizes: gradient samples a step")
+    parser.add_argument("--projection_rank", nargs="+", type=int, default=[16], help="k; 2 k are tracked")
+    parser.add_argument("--basis_dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--micro_batches", type=int, default=4, help="gradient samples per step")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--out", help="JSON file for the figures; out/COMMAND.json if left out")
     options, recipe = parser.parse_known_args()
     hf_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    device, cells, console = device_name(options.use_cpu), [], Console()
+    device, cells, console = f"CPU ({platform.machine()}, {os.cpu_count()} cores)", [], Console()
+    if torch.cuda.is_available() and not options.use_cpu:
+        device = torch.cuda.get_device_name()
     main_process = PartialState(cpu=options.use_cpu).is_main_process
     path = Path(options.out or f"out/{options.command}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for cell in run_overhead(options, recipe) if options.command == "overhead" else run_sizes(options):
+    for cell in (run_overhead if options.command == "overhead" else run_sizes)(options, recipe):
         cells.append(cell)
         if main_process:  # what was measured stays, should the rest be cut off
             path.write_text(json.dumps({"device": device, "torch": torch.__version__, "cells": cells}, indent=1))

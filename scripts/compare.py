@@ -112,10 +112,9 @@ def main(argv: list[str] | None = None) -> None:
     if any(run.spectra for run in means):
         parts.append(("Eigenvalues of the noise at the end", partial(plots.spectrum_on, runs=means)))
     plots.picture(png, title, parts, means)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    settings |= {"seeds": seeds, "options": options, "recipe_text": args.recipe and args.recipe.read_text()}
-    each = [{"method": m, "seed": seed} | asdict(run) for m, of in found.items() for seed, run in zip(seeds, of)]
-    raw.write_text(json.dumps({"title": title, "settings": settings, "runs": each}, indent=1))
+    settings = vars(args) | {"seeds": seeds, "options": options, "text": args.recipe and args.recipe.read_text()}
+    each = [{"seed": seed} | asdict(run) for of in found.values() for seed, run in zip(seeds, of)]
+    raw.write_text(json.dumps({"title": title, "settings": settings, "runs": each}, indent=1, default=str))
     header, rows = summary(means)
     columns = [column for column in zip(header, *rows) if set(column[1:]) != {"–"}]
     printed = Table(*(column[0] for column in columns), title=title)

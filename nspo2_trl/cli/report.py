@@ -14,68 +14,23 @@ import html
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Template
 
 from .frontier import section
 from .panels import PANELS
 from .runs import Run, has_run, labels, read, unit_of
 
-OWN = '<meta name="generator" content="nspo2 report">'
-
-
-# ---- the page ----
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">{own}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-td, th {{ text-align: right; border-bottom: 1px solid #8886; }}
-td:first-child, th:first-child {{ text-align: left; }}
-:root {{ color-scheme: light dark; --page: #fff; {light} }}
-@media (prefers-color-scheme: dark) {{ :root {{ --page: #16181d; {dark} }} body {{ color: #e4e6ea; }} }}
-body {{ max-width: 1000px; background: var(--page); overflow-wrap: anywhere; }}
-h1 {{ line-height: 1.2; }}
-.wide {{ overflow-x: auto; }}
-td, th {{ padding: .3rem .6rem; overflow-wrap: normal; font-variant-numeric: tabular-nums; }}
-td {{ white-space: nowrap; }}
-td:first-child {{ white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }}
-.legend {{ margin: 0; padding: .5rem 0; background: var(--page); }}
-.legend span {{ display: inline-block; margin-right: 1.5rem; }}
-.swatch svg {{ width: 36px; height: 10px; margin-right: .5rem; }}
-.panels {{ display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.5rem 2rem; }}
-@media (min-width: 700px) {{
-  .legend {{ position: sticky; top: 0; z-index: 1; }}
-  .panels {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }}
-}}
-@media (min-width: 1500px) {{
-  body {{ max-width: 1640px; }}
-  .panels {{ grid-template-columns: repeat(4, minmax(0, 1fr)); }}
-}}
-figure {{ margin: 0; }}
-figure svg {{ width: 100%; height: auto; display: block; overflow: visible; }}
-figure h3 {{ margin: 0 0 .3rem; font-size: 1rem; }}
-figcaption {{ font-size: .85rem; opacity: .8; }}
-svg * {{ stroke-linejoin: round; }}
-svg text {{ font-family: system-ui, sans-serif !important; }}
-</style></head><body>
-<h1>{title}</h1>
-{runs}
-{retained}
-{notes}
-</body></html>
-"""
-RUNS = """{table}
+TEMPLATE = Path(__file__).with_suffix(".html")
+OWN = '<meta name="generator" content="nspo2 report">'  # in the template
+RUNS = Template("""$table
 <p>Loss, accuracy and margins are those of the held-out pairs in the last evaluation; noise removed and NSPO2's share
 of a step's time are means over the log. Times of runs on a machine that did other things too do not compare.</p>
-{legend}
+<p class="legend">$legend</p>
 <h2>Learning</h2>
 <p>Thin lines are the training pairs, as logged; lines with points are held-out pairs. Nothing is smoothed.
 Bands are one standard error to each side.</p>
-<div class="panels">{learning}</div>
-{filtering}"""
+<div class="panels">$learning</div>
+$filtering""")
 
 
 def write_page(runs: Sequence[Run], path: Path, title: str = "", retained: Mapping[str, Path] | None = None) -> None:
@@ -114,15 +69,14 @@ def write_page(runs: Sequence[Run], path: Path, title: str = "", retained: Mappi
     if missing and runs:
         notes.append(f"Not logged in {'these runs' if len(runs) > 1 else 'this run'}: {', '.join(missing)}.")
     named = (f'<span class="swatch">{plots.swatch(run.index)}{html.escape(run.name)}</span>' for run in runs)
-    drawn = RUNS.format(
+    drawn = RUNS.substitute(
         table=_table(runs),
-        legend=f'<p class="legend">{"".join(named)}</p>',
+        legend="".join(named),
         learning="\n".join(learning),
         filtering=f'<h2>What NSPO2 did</h2>\n<div class="panels">{"".join(filtering)}</div>' if filtering else "",
     )
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    page = PAGE.format(
-        own=OWN,
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title or "NSPO2 report: " + ", ".join([run.name for run in runs] or retained or [])),
         light=" ".join(f"--run-{i}: {light};" for i, (light, _) in enumerate(plots.COLORS)),
         dark=" ".join(f"--run-{i}: {dark};" for i, (_, dark) in enumerate(plots.COLORS)),

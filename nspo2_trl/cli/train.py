@@ -2,9 +2,7 @@
 
     accelerate launch scripts/train.py --config recipes/quickstart/dpo.yaml [--any_field value]
 
-Every field of NSPO2ScriptArguments, TRL's ModelConfig, DatasetMixtureConfig and of NSPO2DPOConfig may stand in the
-YAML file or on the command line, which wins. `--nspo2_enabled false` is plain DPO from the same recipe.
-`--resume_from_checkpoint true` goes on from the last checkpoint in `output_dir`.
+The options are the fields of NSPO2ScriptArguments, NSPO2DPOConfig, and TRL's ModelConfig and DatasetMixtureConfig.
 """
 
 from __future__ import annotations

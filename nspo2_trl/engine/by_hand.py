@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,16 +82,16 @@ def published(filters: Sequence[NoiseFilter], skipped_steps: int) -> dict:
 
     `noise_scale` is in units of one step's batch here, since an optimizer does not know how large that is.
     """
-    found = figures(filters)
-    rank = round(found.get("rank", 0.0), 4)
+    found = defaultdict(lambda: math.nan, {"rank": 0.0} | figures(filters))
+    rank = round(found["rank"], 4)
     return {
-        "recent_variance_reduction": found.get("variance_reduction", math.nan),
+        "recent_variance_reduction": found["variance_reduction"],
         "current_rank": int(rank) if rank == int(rank) else rank,
         "current_strategy": filters[0].sentinel.strategy,
-        "bias": found.get("bias", math.nan),
-        "trust_alpha": found.get("alpha", math.nan),
-        "noise_scale": found.get("noise_scale", math.nan),
-        "signal_removed": found.get("signal_removed", math.nan),
+        "bias": found["bias"],
+        "trust_alpha": found["alpha"],
+        "noise_scale": found["noise_scale"],
+        "signal_removed": found["signal_removed"],
         "step_count": max(part.step_count for part in filters),
         "skipped_steps": skipped_steps,
         "is_active": any(part.is_active for part in filters),

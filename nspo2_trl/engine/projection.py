@@ -1,9 +1,8 @@
 """ProjectionHead: the filter F = I - gain · K' K'ᵀ, where K' spans a part of the tracked noise directions K.
 
 A block's gradient is m vectors of d entries: m = 1 where a block is one vector, m = LoRA rank for one factor of a
-LoRA matrix. All maps act on the last dimension, so that both are one piece of code. K' is not formed: in coordinates
-c = g Kᵀ its projector is c -> w·c - u <u, c>, with w the directions taken and u the unit direction that is left in
-(the reference, for the strategies that keep it).
+LoRA matrix. K' is not formed: in coordinates c = g Kᵀ its projector is c -> w·c - u <u, c>, with w the directions
+taken and u the unit direction that is left in (the reference, for the strategies that keep it).
 """
 
 from __future__ import annotations

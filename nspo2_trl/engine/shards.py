@@ -1,9 +1,8 @@
 """Shards: how the entries of equal blocks are spread over processes, and what travels between them.
 
-Every rank keeps the same columns of all blocks of a group, (B, m, d / W), and does NSPO2's work on them: inner
-products are summed over ranks, a few numbers a block, and everything else is local. State and work shrink with the
-number of ranks W; the samples of a step and the gradient are whole on each. Eigenvectors, whose signs are arbitrary,
-are found on one rank for each block, so that ranks of different hardware cannot disagree.
+Every rank keeps the same columns of all blocks of a stack, (B, m, d / W): inner products are summed over ranks, and
+everything else is local. State and work shrink with the number of ranks W; samples and gradient are whole on each.
+Eigenvectors, whose signs are arbitrary, are found on one rank for each block, so that no two ranks can disagree.
 """
 
 from __future__ import annotations
@@ -49,11 +48,7 @@ class Shards:
 
         Every rank must call it; those that do not `keep` the result get `part` back.
         """
-        blocks = []
-        for block in part:
-            block = self.gather(block)
-            if keep:
-                blocks.append(block.cpu())
+        blocks = [whole.cpu() for whole in map(self.gather, part) if keep]
         return torch.stack(blocks) if keep else part
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:

@@ -79,8 +79,7 @@ class NoiseProjection:
 
     def holds(self, params: Iterable[torch.Tensor]) -> bool:
         """Whether every parameter that is filtered is one of `params`."""
-        known = {id(p) for p in params}
-        return all(id(place.param) in known for stack in self.stacks for place in stack.places)
+        return {id(place.param) for stack in self.stacks for place in stack.places} <= {id(p) for p in params}
 
     def start(self) -> None:
         """Move to where the parameters are, should they have been moved since."""
@@ -154,9 +153,8 @@ class NoiseProjection:
         energies = []
         active = any(part.is_active for part in self.filters)
         for stack, part, samples in zip(self.stacks, self.filters, self._samples):
-            before = torch.linalg.vector_norm(stack.grad)
+            before = after = torch.linalg.vector_norm(stack.grad)
             result = part.step(samples, stack.grad)
-            after = before
             if result is not None and result is not stack.grad:
                 after = torch.linalg.vector_norm(result)
                 write(stack, result)

@@ -36,7 +36,7 @@ def attach_nspo2(
         raise ValueError(f"This {kind.__name__} has NSPO2 already: set the `nspo2_` options of its `args`.")
     assert trainer.model is not None
     lora_blocks(trainer.model)
-    refuse_unsupported(trainer.accelerator)
+    refuse_unsupported(trainer.accelerator)  # before the trainer is changed
     args: Any = trainer.args
     args.nspo2_enabled = True
     for name, value in asdict(config or NSPO2Config(strategy="keep")).items():

@@ -25,8 +25,8 @@ class CheckpointError(OSError):
 def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
     """The file that a checkpoint lacks or that ends too early, as after a loss of power; None if none was found.
 
-    Looked at are the files that Trainer writes for LoRA in one folder, `trainer_state.json` last. NSPO2's own state is
-    not: a run goes on without it. Nor are the subfolders of DeepSpeed and FSDP2.
+    Looked at are the files that Trainer writes for LoRA in one folder; not NSPO2's own state, which a run goes on
+    without, nor the subfolders of DeepSpeed and FSDP2.
     """
     folder = Path(checkpoint)
     for name in (TRAINER_STATE_NAME, "adapter_config.json"):

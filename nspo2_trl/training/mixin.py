@@ -1,9 +1,8 @@
 """NSPO2Mixin: a TRL trainer that hands every step's gradient to its projections.
 
-The data flow of one step: each micro-batch's backward pass leaves its gradient with the [`SampleCollector`]. When the
-last one is done and the gradient is clipped, `_nspo2_before_step` reads the gradient, has each rank get its columns of
-the samples of all, and hands both to the projections; then the optimizer steps as ever, and `_nspo2_after_step` tells
-them so. Under DeepSpeed `_nspo2_before_step` is called from inside the engine's step, see [`deepspeed`].
+One step: each micro-batch's backward pass leaves its gradient with the [`SampleCollector`]. When the gradient is
+clipped, `_nspo2_before_step` reads it, has each rank get its columns of all samples, and hands both to the
+projections; the optimizer steps as ever, and `_nspo2_after_step` tells them so. For DeepSpeed see [`deepspeed`].
 """
 
 from __future__ import annotations
@@ -110,8 +109,6 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
             )
         self._nspo2_check(given)
         super().__init__(**given)
-        if self.args.nspo2_enabled:
-            refuse_unsupported(self.accelerator)
         self._nspo2_setup(retain_dataset)
 
     if not TYPE_CHECKING:  # type checkers shall see the arguments of the trainer itself
@@ -130,14 +127,15 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
         self.add_callback(self.nspo2_step_timer)
         if not self.args.nspo2_enabled:
             return
+        refuse_unsupported(self.accelerator)
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self._nspo2_start()
         self.add_callback(_StepCallback(self))
 
     def _nspo2_follow(self) -> None:
-        """FSDP2 puts sharded parameters in the place of those that the trainer was made with: work on these.
+        """Work on the parameters that are trained: FSDP2 and `model_init` put others in their place.
 
-        So does a Trainer with `model_init`. DeepSpeed moves them to the device only when training starts.
+        DeepSpeed moves them to the device only when training starts.
         """
         if not self.nspo2.holds(self.model.parameters()):
             self._nspo2_start()

@@ -13,11 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_unsupported(accelerator: Accelerator) -> None:
-    """Refuse a kind of launch that is not supported, and warn of one that spoils preference losses.
-
-    Raises:
-        ValueError: FSDP1, offloading under FSDP2, tensor, context or sequence parallelism, MPS and the like.
-    """
+    """Raise `ValueError` for a kind of launch that is not supported, and warn of one that spoils preference losses."""
     kind = accelerator.distributed_type
     use = "Launch with DDP instead: `accelerate launch --multi_gpu ...`, or set `nspo2_enabled=False`."
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -30,8 +26,7 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
             "NSPO2 does not support FSDP2's offloading to the CPU: set `fsdp_offload_params: false` in the Accelerate "
             f"config. {use}"
         )
-    supported = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")
-    if kind not in [DistributedType[name] for name in supported]:
+    if kind.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
         raise ValueError(f"NSPO2 does not support the distributed type {kind.value}. {use}")
     plan = accelerator.parallelism_config
     if plan is not None and (plan.tp_enabled or plan.cp_enabled or plan.sp_enabled):
@@ -47,11 +42,7 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
 
 
 def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> dict:
-    """The first row; a dataset that DPO cannot learn from is refused, before a model is loaded.
-
-    Raises:
-        ValueError: it is empty, or has no `chosen` and `rejected`.
-    """
+    """The first row; raises `ValueError` where the dataset is empty, or has no `chosen` and `rejected`."""
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The dataset `{name}` is empty: DPO needs rows with `chosen` and `rejected`.")

@@ -76,7 +76,7 @@ class SampleCollector:
                 self.handles.append(param.register_hook(hooks[id(param)]))
 
     def _refuse_wrapped(self, owner: nn.Module) -> None:
-        wrapped = [module for module in self.model.modules() if isinstance(module, ParamWrapper)]
+        wrapped = (module for module in self.model.modules() if isinstance(module, ParamWrapper))
         if any(owner is part for wrapper in wrapped for part in wrapper.modules()):
             raise ValueError(
                 "NSPO2 cannot see the gradient samples of LoRA on single parameters under FSDP2: use `target_modules` "

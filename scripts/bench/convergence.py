@@ -18,8 +18,6 @@ HELP = """Methods x learning rates x paired seeds on tiny models, each run by th
 
     python scripts/benchmark.py convergence [--phase select|report|all] [--only method=keep,task=quickstart]
     python scripts/benchmark.py convergence --stories_model DIR --stories_data DIR     the second task too
-    python scripts/benchmark.py tables                                                 docs/results.md, plots
-    python scripts/benchmark.py --smoke                                                all of it, tiny, minutes
 
 `select` finds each method's rate, `report` runs it with other seeds. Stop it when you like: the same command goes on.
 """

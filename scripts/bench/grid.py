@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 SELECT, REPORT = [100, 101, 102], 10  # seeds that choose the rates; number of seeds that are reported
@@ -68,8 +69,7 @@ def pack(raw: Path, study: str) -> Path:
     """Put a study's loose file into its packed one, the same bytes for the same cells, and remove it."""
     lines, file = "".join(map(_line, read(raw, study))), packed(raw, study)
     part = file.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=0) as packing:
-        packing.write(lines.encode())
+    part.write_bytes(gzip.compress(lines.encode(), mtime=0))
     part.rename(file)
     loose(raw, study).unlink(missing_ok=True)
     return file
@@ -99,12 +99,8 @@ def best_rate(losses: dict[float, float]) -> tuple[float, bool]:
 
 
 def select_cells(common: dict, methods: list[str], rates: list[float], seeds: list[int]) -> list[dict]:
-    return [
-        common | {"method": method, "lr": lr, "seed": seed, "role": "select"}
-        for lr in rates
-        for method in methods
-        for seed in seeds
-    ]
+    cells = ({"method": method, "lr": lr, "seed": seed} for lr, method, seed in product(rates, methods, seeds))
+    return [common | cell | {"role": "select"} for cell in cells]
 
 
 def beyond(losses: dict[float, float]) -> list[float]:
@@ -153,11 +149,7 @@ def _run(cell: dict, folders: dict[str, str]) -> dict:
 
 
 def missing(raw: Path, cells: list[dict]) -> list[dict]:
-    """The cells that are not there.
-
-    Raises:
-        SystemExit: one was made with other settings, such as another number of steps.
-    """
+    """The cells that are not there; raises `SystemExit` where one was made with other settings, such as more steps."""
     there, left = {study: by_name(raw, study) for study in {cell["study"] for cell in cells}}, []
     for cell in cells:
         name = name_of(cell)
@@ -170,10 +162,7 @@ def missing(raw: Path, cells: list[dict]) -> list[dict]:
 
 
 def run_cells(raw: Path, cells: list[dict], folders: dict[str, dict], workers: int, label: str, run=_run) -> int:
-    """Run the cells that are not there, `workers` at a time with one thread each; returns how many failed.
-
-    What fails is named at once and leaves no record, so that the next call tries it again.
-    """
+    """Run what is missing, `workers` cells at a time; returns how many failed, which the next call tries again."""
     todo, failed, start = missing(raw, cells), 0, time.perf_counter()
     if not todo:
         print(f"{label}: all {len(cells)} cells are in {raw}; to run them anew give another folder with `--raw`.")

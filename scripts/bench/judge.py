@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from types import ModuleType
+from runpy import run_path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -16,14 +15,10 @@ from nspo2_trl import NSPO2DPOTrainer
 
 from . import ROOT
 
-HAPPY = frozenset(
-    """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
+HAPPY = """happy fun smile smiled love loved good nice laughed laugh friend friends great excited proud best kind hug
     hugged play played glad thanked thank""".split()
-)
-UNHAPPY = frozenset(
-    """sad cry cried scared bad angry mad hurt sorry upset worried afraid lost broken broke mean fell dark
+UNHAPPY = """sad cry cried scared bad angry mad hurt sorry upset worried afraid lost broken broke mean fell dark
     alone""".split()
-)
 
 
 def stories_score(text: str) -> int:
@@ -33,27 +28,22 @@ def stories_score(text: str) -> int:
 
 
 @cache
-def quickstart() -> ModuleType:
-    """The script that made the quick start's stories."""
-    spec = importlib.util.spec_from_file_location("quickstart_build", ROOT / "recipes/quickstart/build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def quickstart() -> dict:
+    """What is in the script that made the quick start's stories."""
+    return run_path(str(ROOT / "recipes/quickstart/build.py"))
 
 
 def gold_score(task: str) -> Callable[[str], int]:
     """The score that the pairs of a task were made with."""
-    return stories_score if task == "stories" else quickstart().gold_score
+    return stories_score if task == "stories" else quickstart()["gold_score"]
 
 
 def skills(prompts: list[str], answers: list[str]) -> dict[str, float]:
-    """What the quick start's model could before, in the answers that are preferred or not, and that no pair is about.
-
-    `grammar` is the share of the sentences that the grammar could have written. `memory` is the share of the names
-    and things in the answers that their prompts have: in the stories it was trained on, all.
+    """What the quick start's model could before: share of sentences that its grammar could have written (`grammar`),
+    and of the names and things in the answers that their prompts have (`memory`; all in the stories it learned from).
     """
     made = quickstart()
-    return {"grammar": made.well_formed(prompts, answers), "memory": made.remembered(prompts, answers)}
+    return {"grammar": made["well_formed"](prompts, answers), "memory": made["remembered"](prompts, answers)}
 
 
 @torch.no_grad()

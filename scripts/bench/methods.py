@@ -56,15 +56,15 @@ def prepare(trainer: NSPO2DPOTrainer, method: str) -> None:
 
 
 def _random_head(part, head: Callable, generator: torch.Generator) -> Callable:
-    drawn: dict = {}
+    drawn: dict[int, torch.Tensor] = {}
 
     def found():
         cov = part.cov
-        if drawn.get("solved") != cov.solved:
+        if cov.solved not in drawn:
             shape = (len(cov.stack), cov.stack.shape[2], cov.rank)
-            drawn["basis"] = torch.linalg.qr(torch.randn(shape, generator=generator)).Q.mT.contiguous()
-            drawn["solved"] = cov.solved
-        stack, cov.stack = cov.stack, drawn["basis"]  # the head reads the basis from there; what is learned stays
+            drawn.clear()
+            drawn[cov.solved] = torch.linalg.qr(torch.randn(shape, generator=generator)).Q.mT.contiguous()
+        stack, cov.stack = cov.stack, drawn[cov.solved]  # the head reads the basis there; what is learned stays
         try:
             return head()
         finally:

@@ -3,75 +3,27 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-import datasets
 import torch
-from peft import LoraConfig
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
-from nspo2_trl.engine.covariance import CovEstimator
+from nspo2_trl import NSPO2DPOTrainer
+from nspo2_trl.engine.covariance import CovEstimator as Cov
 from nspo2_trl.engine.shards import Shards
 from nspo2_trl.training.samples import SampleCollector
 from nspo2_trl.training.timing import Stopwatch
 
-from . import ROOT
 from .stats import ratio_of_sums
 
 WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
-# hidden, intermediate, layers, heads, key-value heads, vocabulary: 135m as SmolLM2-135M, 0.5b as Qwen2.5-0.5B, 1b as
-# Llama-3.2-1B, 8b as Llama-3.1-8B; 10m is none in particular
-SIZES = {
-    "10m": (256, 1024, 8, 8, 4, 4096),
-    "135m": (576, 1536, 30, 9, 3, 49152),
-    "0.5b": (896, 4864, 24, 14, 2, 151936),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-}
 
-
-def sized_trainer(cell: dict, length: int, use_cpu: bool, enabled: bool) -> NSPO2DPOTrainer:
-    """A randomly initialised model on pairs of `length` tokens, in batches of 4 micro-batches of 2."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    shape = dict(zip((*names, "vocab_size"), SIZES[cell["model"]]))
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/quickstart/model")
-    stories = datasets.load_dataset(str(ROOT / "recipes/quickstart/data"), split="train[:512]")
-    words = [tokenizer.decode(tokenizer("".join(stories["chosen"][i : i + 64]))["input_ids"]) for i in range(64)]
-    pairs = datasets.Dataset.from_dict({"prompt": [""] * 64, "chosen": words, "rejected": words[::-1]})
-    half = torch.cuda.is_available() and not use_cpu
-    args = NSPO2DPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        max_length=length,
-        bf16=half,
-        gradient_checkpointing=half,
-        use_cpu=use_cpu or not half,
-        report_to="none",
-        nspo2_enabled=enabled,
-        nspo2_covariance=cell["covariance"],
-        nspo2_update_freq=cell["update_freq"],
-    )
-    args.nspo2_min_rank = 16  # filters from the first basis on, whatever it finds
-    lora = LoraConfig(r=cell["lora_r"], target_modules="all-linear", task_type="CAUSAL_LM")
-    return NSPO2DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=lora)
-
-
-PARTS = {
-    "sampling": [],
-    "exchange": [(SampleCollector, "collect"), (Shards, "gather")],
-    "solve": [(CovEstimator, "solve")],
-}
+PARTS = {"sampling": [], "exchange": [(SampleCollector, "collect"), (Shards, "gather")], "solve": [(Cov, "solve")]}
 
 
 @contextmanager

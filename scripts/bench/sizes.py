@@ -16,7 +16,15 @@ from nspo2_trl.projections.noise import NoiseProjection
 from nspo2_trl.projections.protocol import Step
 from nspo2_trl.training.samples import sample_share
 
-from .overhead import SIZES
+# hidden, intermediate, layers, heads, key-value heads, vocabulary: 135m as SmolLM2-135M, 0.5b as Qwen2.5-0.5B, 1b as
+# Llama-3.2-1B, 8b as Llama-3.1-8B; 10m is none in particular
+SIZES = {
+    "10m": (256, 1024, 8, 8, 4, 4096),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "0.5b": (896, 4864, 24, 14, 2, 151936),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
 
 
 def adapters(size: str, lora_r: int, device: torch.device) -> list[Block]:

@@ -69,16 +69,14 @@ def p_value(differences: Sequence[float]) -> float | None:
 
 def adjusted(ps: Sequence[float | None]) -> list[float | None]:
     """p-values adjusted for there being several (Benjamini and Hochberg 1995); None stays None."""
-    known = [p for p in ps if p is not None]
-    found = iter(false_discovery_control(known) if known else [])
+    found = iter(false_discovery_control([p for p in ps if p is not None]) if any(p is not None for p in ps) else [])
     return [None if p is None else float(next(found)) for p in ps]
 
 
 def verdict(differences: Sequence[float], corrected: float | None = None) -> str:
-    """What differences of the loss to plain's, one a seed, show at the level of 5 %.
+    """What differences of the loss to plain's, one per seed, show at the level of 5 %.
 
-    Args:
-        corrected: p adjusted for the other comparisons; "perhaps" where only the p of this one is small.
+    With `corrected`, p adjusted for the other comparisons, "perhaps" where only the p of this one is small.
     """
     p = p_value(differences)
     if p is None:
@@ -122,13 +120,8 @@ def gold_at_equal_kl(kl: np.ndarray, gold: np.ndarray, plain_kl: np.ndarray, pla
     """Gold score less plain's at the same KL, interpolated linearly between plain's rates, and its 95 % interval.
 
     Seeds are resampled, all rates and both methods together. Gold score is a concave function of KL, and a chord lies
-    below it: a method between two of plain's rates seems to gain where there is nothing to be gained.
-
-    Args:
-        kl, gold: (seeds,) of the method. plain_kl, plain_gold: (rates, seeds).
-
-    Returns:
-        None where the KL lies outside of plain's.
+    below it: a method between two of plain's rates seems to gain where there is nothing to be gained. `kl`, `gold` are
+    (seeds,), of plain (rates, seeds). None where the KL lies outside of plain's.
     """
 
     def gain(seeds) -> float:

@@ -107,8 +107,7 @@ def run_cell(cell: dict, folders: dict[str, str]) -> dict:
     A cell that only helps to choose a rate (`role` "select") is evaluated 4 times, not 10, and draws no samples.
     """
     start, report, number = time.process_time(), cell["role"] == "report", cell["held_out"]
-    # rates are not chosen on the pairs that are reported
-    held_out = range(number) if report else range(number, 2 * number)
+    held_out = range(number) if report else range(number, 2 * number)  # rates are not chosen on what is reported
     trainer, clock = make_trainer(cell, folders, held_out, stride=2 if report else 5), Clock()
     trainer.add_callback(clock)
     prepare(trainer, cell["method"])

@@ -1,7 +1,7 @@
 """What a filter does to the gradient at frozen parameters: fitted on some micro-batches, scored on others.
 
-A plain run is stopped at four points. At each, gradients of micro-batches of 4 pairs are taken: some give noise
-directions and reference, others, fresh ones, say what a filter takes away of their variance and of their mean. With
+At four points of a plain run, gradients of micro-batches of 4 pairs are taken: some give noise directions and
+reference, others, fresh ones, say what a filter takes away of their variance and of their mean. With
 r_i the part of fresh gradient g_i that is taken away, which is orthogonal to the rest, the trace of the covariance is
 (Σ|r_i|² - |Σr_i|²/n)/(n - 1) and the mean's square without bias (|Σr_i|² - Σ|r_i|²)/(n(n - 1)).
 The mean is that of the population that the data are drawn from, not of the data: no pair is in two samples.

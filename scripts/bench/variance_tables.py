@@ -15,8 +15,7 @@ from .tables import line, words
 from .variance import PAIRS, POINTS, RANKS, STRATEGIES
 
 BATCH = 4  # micro-batches of a step
-SHOWN = [("keep-16", "adapter"), ("noise-16", "adapter"), ("random-16", "adapter")]
-SHOWN += [("keep-4", "factored"), ("noise-4", "factored"), ("random-4", "factored")]
+SHOWN = [(f"{name}-{r}", how) for how, r in (("adapter", 16), ("factored", 4)) for name in ("keep", "noise", "random")]
 UNKNOWN = "not known"
 
 
@@ -121,11 +120,10 @@ def draw(scores: dict, runs: int, task: str, path: Path) -> None:
         axis.set_xticks(RANKS["adapter"], RANKS["adapter"], minor=False)
 
     def errors(axis: Any) -> None:
-        for index, (strategy, covariance) in enumerate(kinds):
-            which = f"{strategy}-{16 if covariance == 'adapter' else 4}"
-            if strategy in ("keep", "noise"):
+        for which, covariance in SHOWN:
+            if (kind := (which.split("-")[0], covariance))[0] != "random":
                 found = [scores[point, covariance, which]["error"][0] for point in POINTS]
-                line_on(axis, range(len(POINTS)), found, index, points=True)
+                line_on(axis, range(len(POINTS)), found, kinds.index(kind), points=True)
         axis.axhline(1, color="#222222", linewidth=1)
         axis.set(xlabel="point of the run", ylabel="share of the unfiltered", ylim=(0, 1.05))
         axis.set_xticks(range(len(POINTS)), list(POINTS))
