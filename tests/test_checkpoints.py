@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from nspo2_trl.cli.arguments import checkpoint_to_resume
-from nspo2_trl.training.checkpoints import NSPO2_STATE_NAME, CheckpointError, last_checkpoint, unreadable_file
+from nspo2_trl.training.checkpoints import NSPO2_STATE_NAME, CheckpointError, last_whole, unreadable_file
 
 
 def saving(make_trainer, **args):
@@ -42,7 +42,7 @@ def test_interrupt_while_saving_leaves_no_half_checkpoint(make_trainer, monkeypa
         trainer.train()
     out = trainer.args.output_dir
     assert not os.path.exists(f"{out}/checkpoint-4")
-    assert last_checkpoint(out) == get_last_checkpoint(out) == f"{out}/checkpoint-2"
+    assert last_whole(out)[0] == get_last_checkpoint(out) == f"{out}/checkpoint-2"
 
     monkeypatch.undo()
     rest = saving(make_trainer)
@@ -177,10 +177,10 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
         assert unreadable_file(folder) == name
     (tmp_path / "checkpoint-10" / NSPO2_STATE_NAME).write_bytes(b"torn")  # a run goes on without it
     (tmp_path / "checkpoint-best").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_whole(tmp_path)[0] == str(tmp_path / "checkpoint-10")
     shutil.rmtree(tmp_path / "checkpoint-10")
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert last_checkpoint(tmp_path / "none") is None
+    assert last_whole(tmp_path)[0] == str(tmp_path / "checkpoint-2")
+    assert last_whole(tmp_path / "none")[0] is None
     shutil.rmtree(tmp_path / "checkpoint-2")
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
     with pytest.raises(ValueError, match=r"no whole checkpoint: checkpoint-20 .no readable adapter_model.+Leave it"):

@@ -44,9 +44,7 @@ def write_page(runs: Sequence[Run], path: Path, title: str = "", retained: Mappi
     """
     from . import plots
 
-    learning: list[str] = []
-    filtering: list[str] = []
-    missing: list[str] = []
+    learning, filtering, missing = [], [], []  # type: list[str], list[str], list[str]
 
     def add(place: list[str], key: str, name: str, svg: str | None, caption: str) -> None:
         if svg is None:

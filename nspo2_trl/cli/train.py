@@ -23,7 +23,7 @@ from transformers import ProgressCallback
 from trl import DatasetMixtureConfig, ModelConfig, RichProgressCallback, get_peft_config, get_quantization_config
 
 from ..training.card import means, measured
-from ..training.checkpoints import CheckpointError, last_checkpoint, last_whole
+from ..training.checkpoints import CheckpointError, last_whole
 from ..training.dpo import NSPO2DPOTrainer
 from ..training.options import NSPO2DPOConfig
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
             if live and live.rich_group:  # before anything is said, and else the terminal is left without a cursor
                 live.rich_group.stop()
     except KeyboardInterrupt:
-        last = last_checkpoint(args.output_dir)
+        last, _ = last_whole(args.output_dir)
         hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"
         leave(f"Interrupted after step {trainer.state.global_step}: {hint}.", main_process)
     except CheckpointError as error:

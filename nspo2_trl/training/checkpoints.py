@@ -42,7 +42,7 @@ def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
     weights = folder / "adapter_model.safetensors"
     try:
         if weights.is_file():
-            safe_open(weights, "pt").__enter__()  # compares the size with the header's
+            safe_open(weights, "pt")  # compares the size with the header's
     except (OSError, SafetensorError):
         return weights.name
     return None
@@ -63,11 +63,6 @@ def last_whole(output_dir: str | os.PathLike) -> tuple[str | None, str]:
             return str(folder), ", ".join(half)
         half.append(f"{folder.name} (no readable {name})")
     return None, ", ".join(half)
-
-
-def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint with the most steps in `output_dir`, or None."""
-    return last_whole(output_dir)[0]
 
 
 def refuse_half(checkpoint: str | os.PathLike) -> None:
@@ -102,7 +97,7 @@ def half_saved(checkpoint: str, writer: bool) -> Iterator[None]:
             raise
         folder = os.path.dirname(checkpoint)
         free = shutil.disk_usage(folder).free / 2**20
-        last = last_checkpoint(folder)
+        last, _ = last_whole(folder)
         again = f"resume from {last} (`resume_from_checkpoint`)" if last else "start again: there is no checkpoint yet"
         raise CheckpointError(
             f"The checkpoint {checkpoint!r} could not be written ({first_line(error)}) and was removed; "
