@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import test_distributed
 import torch
-from test_distributed import LAUNCHES, SAME, assert_identical, difference, run
+from test_distributed import LAUNCHES, SAME, SAVES, assert_identical, difference, run
 from torch import nn
 
 pytest.importorskip("deepspeed")
@@ -31,7 +31,7 @@ BFLOAT16 = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}
 )
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_zero_ends_with_the_adapters_of_ddp(launch, stage, options):
-    """The script checks besides that all ranks hold the same adapters to the bit."""
+    """The script checks besides that all ranks hold the same adapters bit for bit."""
     ddp, zero = launch("ddp", **options), launch(f"zero{stage}", **options)
     assert zero["active"] >= 0.7  # all but the steps before the first basis
     assert difference(zero, ddp) < CLOSE[stage]
@@ -66,7 +66,7 @@ def test_adapters_in_bfloat16_are_filtered(launch, stage):
 @pytest.mark.slow
 @STAGES
 def test_resumed_runs_come_to_the_same_end(launch, tmp_path, stage):
-    whole = launch(f"zero{stage}")
+    whole = launch(f"zero{stage}", **SAVES)
     own = SAME | LAUNCHES[f"zero{stage}"][1]
     assert_identical(run(tmp_path / "out", 2, resume=whole["out"] / "checkpoint-5", **own), whole)
 

@@ -7,22 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 from conftest import launch_and_log
 
 SCRIPT = str(Path(__file__).parent / "two_processes.py")
 
 
 def run(out: Path, processes: int, resume: Path | None = None, **options) -> dict:
-    """Train in a fresh launch and return what it saved."""
+    """What training ended with: here for one process, else in a fresh launch."""
     out.mkdir(exist_ok=True)
-    command = [sys.executable, SCRIPT]
-    if processes > 1 or "deepspeed" in options:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command = [*launcher, "--master_port", str(port), SCRIPT]
-    command += [str(out), json.dumps(options | {"processes": processes}), *([str(resume)] if resume else [])]
+    options, resume = options | {"processes": processes}, resume and str(resume)
+    if processes == 1 and "deepspeed" not in options:
+        return two_processes.train(str(out), resume, **options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [
+        *launcher,
+        "--master_port",
+        str(port),
+        SCRIPT,
+        str(out),
+        json.dumps(options),
+        *([resume] * bool(resume)),
+    ]
     # the first time DeepSpeed compiles something
     output = launch_and_log(command, out / "log", timeout=240 if "deepspeed" in options else 120)
     assert (out / "result.pt").is_file(), output[-4000:]
@@ -41,7 +50,8 @@ def assert_identical(first: dict, second: dict) -> None:
 
 
 # Ten steps on the same four micro-batches a step, wherever they run. Wide adapters, so that traffic can be compared.
-SAME = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "lora": {"r": 16}}
+SAME = {"max_steps": 10, "lora": {"r": 16}}
+SAVES = {"save_strategy": "steps", "save_steps": 5}
 LAUNCHES = {
     "one": (1, {"gradient_accumulation_steps": 4}),
     "ddp": (2, {"gradient_accumulation_steps": 2}),
@@ -83,7 +93,7 @@ SLOW = [
 @pytest.mark.parametrize("options", [{}, *SLOW])
 @pytest.mark.parametrize("name", ["ddp", "fsdp", pytest.param("four", marks=pytest.mark.slow)])
 def test_the_same_micro_batches_end_with_the_same_adapters(launch, name, options):
-    """Invariant 3; the script checks besides that all ranks hold the same adapters to the bit."""
+    """The script checks besides that all ranks hold the same adapters bit for bit."""
     one, spread = launch("one", **options), launch(name, **options)
     # a basis rounded to bfloat16 is another one where a last bit differs
     assert difference(spread, one) < (1e-4 if "nspo2_basis_dtype" in options else 1e-6)
@@ -95,7 +105,7 @@ def test_the_same_micro_batches_end_with_the_same_adapters(launch, name, options
 
 def test_traffic_of_ddp_is_below_an_all_reduce_of_the_gradients(launch):
     """What the docstring of `SampleCollector` says, by counting entries sent in 10 steps."""
-    result = launch("ddp", save_strategy="no")  # checkpoints gather the state of all ranks
+    result = launch("ddp")
     sent, entries, steps = result["sent"], result["entries"], 10
     learned, projected = int(steps * result["share"]), round(result["active"] * steps)
     assert result["share"] == 0.8 and projected >= 7
@@ -109,17 +119,22 @@ def test_traffic_of_ddp_is_below_an_all_reduce_of_the_gradients(launch):
     assert sum(sent.values()) < 2 / 2 * entries * steps
 
 
-def test_killed_between_checkpoints_resumes_to_the_same_end(launch, tmp_path):
-    """SIGKILL for one of two processes after step 7; the next launch goes on from the checkpoint of step 5."""
-    own = SAME | LAUNCHES["ddp"][1]
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a run whose second process got SIGKILL after step 7."""
+    folder = tmp_path_factory.mktemp("killed")
     with pytest.raises(AssertionError):
-        run(tmp_path / "run", 2, kill_after=7, **own)
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-5"]
-    assert_identical(run(tmp_path / "run", 2, resume=tmp_path / "run/checkpoint-5", **own), launch("ddp"))
+        run(folder, 2, kill_after=7, **SAME | SAVES | LAUNCHES["ddp"][1])
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-5"]
+    return folder / "checkpoint-5"
+
+
+def test_killed_between_checkpoints_resumes_to_the_same_end(launch, killed, tmp_path):
+    assert_identical(run(tmp_path, 2, resume=killed, **SAME | LAUNCHES["ddp"][1]), launch("ddp"))
 
 
 def test_one_rank_that_cannot_write_leaves_no_checkpoint(tmp_path):
-    own = SAME | LAUNCHES["ddp"][1] | {"max_steps": 2, "save_steps": 1, "full_disk_on": 1}
+    own = SAME | SAVES | LAUNCHES["ddp"][1] | {"max_steps": 2, "save_steps": 1, "full_disk_on": 1}
     errors = run(tmp_path, 2, **own)["errors"]
     assert "another process could not write its part" in errors[0] and "No space left" in errors[1]
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -127,23 +142,19 @@ def test_one_rank_that_cannot_write_leaves_no_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_fsdp_resumes_to_the_same_end(launch, tmp_path):
-    whole = launch("fsdp")
+    whole = launch("fsdp", **SAVES)
     own = SAME | LAUNCHES["fsdp"][1]
     assert_identical(run(tmp_path / "out", 2, resume=whole["out"] / "checkpoint-5", **own), whole)
 
 
-@pytest.mark.parametrize("saved, resumed", [("ddp", "one"), pytest.param("one", "ddp", marks=pytest.mark.slow)])
-def test_resumes_on_another_number_of_processes(launch, tmp_path, saved, resumed):
-    processes, own = LAUNCHES[resumed]
-    result = run(tmp_path / "out", processes, resume=launch(saved)["out"] / "checkpoint-5", **(SAME | own))
-    assert difference(result, launch("one")) < 1e-6
+def test_resumes_on_one_process(launch, killed, tmp_path):
+    assert difference(run(tmp_path, 1, resume=killed, **SAME | LAUNCHES["one"][1]), launch("one")) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_nan_on_one_rank_skips_the_step_on_both(tmp_path, name):
-    result = run(tmp_path / "nan", 2, **(LAUNCHES[name][1] | {"nan_rank": 1}))
-    assert result["skipped"] == 1
-    assert all(torch.isfinite(p).all() for p in result["params"].values())
+@pytest.mark.slow
+def test_resumes_on_more_processes(launch, tmp_path):
+    saved = launch("one", **SAVES)["out"] / "checkpoint-5"
+    assert difference(run(tmp_path, 2, resume=saved, **SAME | LAUNCHES["ddp"][1]), launch("one")) < 1e-6
 
 
 @pytest.mark.slow
@@ -154,13 +165,19 @@ def test_rank_zero_equals_dpo_trainer_under_the_same_launch(tmp_path, name):
     assert_identical(ours, run(tmp_path / "plain", 2, **(own | {"plain": True})))
 
 
-def test_one_rank_that_cannot_read_the_state_lets_all_start_anew(launch, tmp_path):
-    """Else the ranks would go on from different states, and wait for each other forever."""
-    own = SAME | LAUNCHES["ddp"][1]
-    result = run(tmp_path / "out", 2, resume=launch("ddp")["out"] / "checkpoint-5", unreadable_on=1, **own)
-    log = (tmp_path / "out/log").read_text()
+def test_nan_on_one_rank_skips_the_step_on_both(killed, tmp_path):
+    """And one that cannot read the state lets all start anew; else they would wait for each other forever."""
+    trouble = {"nan_rank": 1, "unreadable_on": 1}
+    result = run(tmp_path, 2, resume=killed, **SAME | LAUNCHES["ddp"][1] | trouble)
+    log = (tmp_path / "log").read_text()
     assert "another process could not read it" in log and "the noise estimate starts anew" in log
-    assert all(torch.isfinite(p).all() for p in result["params"].values())
+    assert result["skipped"] == 1 and all(torch.isfinite(p).all() for p in result["params"].values())
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_skips_the_step_on_both_under_fsdp(tmp_path):
+    result = run(tmp_path, 2, **LAUNCHES["fsdp"][1], nan_rank=1)
+    assert result["skipped"] == 1 and all(torch.isfinite(p).all() for p in result["params"].values())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py: one training run, its adapters and losses saved by the main process.
+"""One training run for test_distributed.py; where it is launched the main process saves its adapters and losses.
 
 torchrun --nproc_per_node 2 tests/two_processes.py OUT '{"option": value}' [RESUME_FROM]
 """
@@ -97,17 +97,9 @@ def errors_of_all(train: Callable[[], object]) -> list[str]:
     return errors
 
 
-def leave(out: str, result: dict) -> NoReturn:
-    """Save the main process's result and end all processes."""
-    if PartialState().is_main_process:
-        torch.save(result, f"{out}/result.pt")
-    PartialState().wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)  # two gloo processes were seen to hang on a regular exit, with plain TRL too
-
-
-def main(out: str, options: str, resume: str | None = None) -> None:
-    args = {"output_dir": out} | ARGS | {"train_sampling_strategy": "sequential"} | json.loads(options)
+def train(out: str, resume: str | None = None, **options) -> dict:
+    """Train in this process, or in this rank of a launch."""
+    args = {"output_dir": out} | ARGS | {"train_sampling_strategy": "sequential"} | options
     processes, nan_rank, kill_after = args.pop("processes"), args.pop("nan_rank", None), args.pop("kill_after", None)
     unreadable_on, full_disk_on = args.pop("unreadable_on", None), args.pop("full_disk_on", None)
     fsdp, lora = args.pop("fsdp", False), LORA | args.pop("lora", {})
@@ -151,10 +143,9 @@ def main(out: str, options: str, resume: str | None = None) -> None:
     sent = {}
     if processes > 1 and "deepspeed" not in args:
         count_traffic(sent)
-    if full_disk_on is None:
-        trainer.train(resume_from_checkpoint=resume)
-    else:
-        leave(out, {"errors": errors_of_all(trainer.train)})
+    if full_disk_on is not None:
+        return {"errors": errors_of_all(trainer.train)}
+    trainer.train(resume_from_checkpoint=resume)
     sent = dict(sent)
     skipped = trainer.nspo2.skipped_steps if getattr(trainer, "nspo2", None) else 0
     params = {name: whole(p).detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -167,7 +158,17 @@ def main(out: str, options: str, resume: str | None = None) -> None:
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         result |= {"share": trainer.nspo2.share, "blocks": sum(len(group.names) for group in trainer.nspo2.stacks)}
         result |= {"figures": logged[-1], "active": sum(e.get("nspo2/active", 0) for e in logged) / len(logged)}
-    leave(out, result)
+    return result
+
+
+def main(out: str, options: str, resume: str | None = None) -> NoReturn:
+    """Save the main process's result and end all processes."""
+    result = train(out, resume, **json.loads(options))
+    if PartialState().is_main_process:
+        torch.save(result, f"{out}/result.pt")
+    PartialState().wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # two gloo processes were seen to hang on a regular exit, with plain TRL too
 
 
 if __name__ == "__main__":
