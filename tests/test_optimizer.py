@@ -12,9 +12,7 @@ from transformers import Adafactor
 from nspo2_trl import NSPO2, NSPO2Config, NSPO2Optimizer, create_nspo2_optimizer, get_default_config
 
 OPTIMIZERS = {
-    "sgd": (optim.SGD, {"lr": 0.05}),
     "momentum": (optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
-    "adam": (optim.Adam, {"lr": 0.01}),
     "adamw": (optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
     "adafactor": (Adafactor, {"lr": 0.01, "relative_step": False, "scale_parameter": False}),
     "fused": (optim.AdamW, {"lr": 0.01, "fused": True}),
@@ -31,6 +29,18 @@ def network(seed=0, dtype=torch.float32):
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
 
+def wrapped(model, cls=optim.SGD, lr=0.1, **changes):
+    return create_nspo2_optimizer(model.parameters(), cls, {"lr": lr}, options(**changes))
+
+
+def copies(tensors):
+    return [p.detach().clone() for p in tensors]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def train(model, optimizer, steps, seed=1, start=0):
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -39,7 +49,7 @@ def train(model, optimizer, steps, seed=1, start=0):
             optimizer.zero_grad()
             (model(x).square().mean() + model(x).sum() * 0.1).backward()
             optimizer.step()
-    return [p.detach().clone() for p in model.parameters()]
+    return copies(model.parameters())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -47,12 +57,11 @@ def train(model, optimizer, steps, seed=1, start=0):
 @pytest.mark.parametrize("space", ["gradient", "update"])
 def test_off_equals_the_bare_optimizer_bit_for_bit(name, off, space):
     cls, kwargs = OPTIMIZERS[name]
-    bare, wrapped = network(), network()
+    bare, model = network(), network()
     config = options(apply_to=space, **({"projection_rank": 0, "min_rank": 0} if off == "rank 0" else {}))
-    optimizer = create_nspo2_optimizer(wrapped.parameters(), cls, kwargs, config)
+    optimizer = create_nspo2_optimizer(model.parameters(), cls, kwargs, config)
     optimizer.set_enabled(off != "disabled")
-    expected = train(bare, cls(bare.parameters(), **kwargs), 12)
-    assert all(torch.equal(a, b) for a, b in zip(train(wrapped, optimizer, 12), expected))
+    assert same(train(model, optimizer, 12), train(bare, cls(bare.parameters(), **kwargs), 12))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -80,22 +89,17 @@ def test_equals_a_float64_reference_of_projection_and_bare_step(name, strategy):
 
 def test_update_space_projects_the_change_of_the_parameters():
     """The noise directions get no part of Adam's step in update space; in gradient space they may."""
-    model = nn.Linear(40, 1, bias=False)
-    optimizer = create_nspo2_optimizer(
-        model.parameters(), optim.Adam, {"lr": 0.1}, options(apply_to="update", trust_radius=1e9)
-    )
     torch.manual_seed(0)
+    model = nn.Linear(40, 1, bias=False)
+    optimizer = wrapped(model, optim.Adam, apply_to="update", trust_radius=1e9)
     for step in range(12):
         before = model.weight.detach().clone()
         model.weight.grad = torch.randn(1, 40) * torch.logspace(1, -1, 40)
-        basis = None
-        if optimizer.get_metrics()["is_active"] if step else False:
-            basis = optimizer.nspo2.filters[0].cov.basis[0, :4].clone()
+        basis = optimizer.nspo2.filters[0].cov.basis[0, :4].clone() if step > 3 else None
         optimizer.step()
-        if basis is not None:
+        if step > 3:
             change = (model.weight.detach() - before)[0]
             assert (basis @ change).norm() < 1e-5 < change.norm()
-    assert basis is not None
 
 
 # ---- what blocks are ----
@@ -103,16 +107,16 @@ def test_update_space_projects_the_change_of_the_parameters():
 
 def test_blocks_of_parameters_a_model_and_by_hand():
     model = network()
-    by_parameter = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1})
-    assert sum(len(group.names) for group in by_parameter.nspo2.stacks) == 4
+    by_parameter = wrapped(model)
+    assert sum(len(stack.names) for stack in by_parameter.nspo2.stacks) == 4
     by_module = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.1})
-    assert sorted(name for group in by_module.nspo2.stacks for name in group.names) == ["0", "2"]
+    assert sorted(name for stack in by_module.nspo2.stacks for name in stack.names) == ["0", "2"]
     whole = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1}, blocks=[list(model.parameters())])
-    assert [group.shape for group in whole.nspo2.stacks] == [(1, sum(p.numel() for p in model.parameters()))]
+    assert [stack.shape for stack in whole.nspo2.stacks] == [(1, sum(p.numel() for p in model.parameters()))]
     groups = [{"params": model[0].parameters(), "lr": 0.2}, {"params": model[2].parameters()}]
     in_groups = create_nspo2_optimizer(iter(groups), optim.SGD, {"lr": 0.1})
     assert [group["lr"] for group in in_groups.param_groups] == [0.2, 0.1]
-    assert sum(len(group.names) for group in in_groups.nspo2.stacks) == 4
+    assert sum(len(stack.names) for stack in in_groups.nspo2.stacks) == 4
 
 
 def test_lora_adapters_of_a_model_are_blocks():
@@ -122,21 +126,28 @@ def test_lora_adapters_of_a_model_are_blocks():
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
     optimizer = create_nspo2_optimizer(model, optim.AdamW, {"lr": 1e-3})
-    names = [name for group in optimizer.nspo2.stacks for name in group.names]
+    names = [name for stack in optimizer.nspo2.stacks for name in stack.names]
     assert len(names) == 9 and all(name.endswith(":default") for name in names)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 18
 
 
-def test_bad_arguments():
-    model = network()
-    with pytest.raises(ValueError, match="`params` holds no trainable parameter"):
-        create_nspo2_optimizer([], optim.SGD, {"lr": 0.1})
-    with pytest.raises(ValueError, match="`blocks`: block 0 is empty or holds a parameter that is not in `params`"):
-        create_nspo2_optimizer(model[0].parameters(), optim.SGD, {"lr": 0.1}, blocks=[list(model[2].parameters())])
-    with pytest.raises(ValueError, match="LBFGS evaluates its closure several times"):
-        create_nspo2_optimizer(model.parameters(), optim.LBFGS)
-    with pytest.raises(ValueError, match="`strategy` must be one of"):
-        create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1}, {"strategy": "quiet"})
+@pytest.mark.parametrize(
+    "params, cls, more, message",
+    [
+        ([], optim.SGD, {}, "`params` holds no trainable parameter"),
+        (
+            network()[0],
+            optim.SGD,
+            {"blocks": [[nn.Parameter(torch.zeros(1))]]},
+            "block 0 is empty or holds a parameter",
+        ),
+        (network(), optim.LBFGS, {}, "LBFGS evaluates its closure several times"),
+        (network(), optim.SGD, {"config": {"strategy": "quiet"}}, "`strategy` must be one of"),
+    ],
+)
+def test_bad_arguments(params, cls, more, message):
+    with pytest.raises(ValueError, match=message):
+        create_nspo2_optimizer(params, cls, {"lr": 0.1}, **more)
 
 
 # ---- a real optimizer to everything that asks ----
@@ -144,7 +155,7 @@ def test_bad_arguments():
 
 def test_schedulers_clipping_and_groups():
     model = network()
-    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.1}, options())
+    optimizer = wrapped(model, optim.AdamW)
     scheduler = optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     assert isinstance(optimizer, optim.Optimizer)
     for _ in range(3):
@@ -157,19 +168,6 @@ def test_schedulers_clipping_and_groups():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_parameters_added_later_get_an_estimate_of_their_own():
-    first, second = network(), network(seed=5)
-    optimizer = create_nspo2_optimizer(first.parameters(), optim.SGD, {"lr": 0.01}, options())
-    train(first, optimizer, 6)
-    optimizer.add_param_group({"params": second.parameters(), "lr": 0.5})
-    before = [p.detach().clone() for p in second.parameters()]
-    train(second, optimizer, 6)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5]
-    assert all(not torch.equal(a, b) for a, b in zip(before, second.parameters()))
-    assert [part.step_count for part in optimizer.nspo2.filters] == [12] * 4 + [6] * 4
-    assert math.isfinite(optimizer.get_metrics()["recent_variance_reduction"])
-
-
 def test_grad_scaler_skips_overflow_and_teaches_nothing():
     model = network()
     optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.1, "fused": True}, options())
@@ -179,10 +177,9 @@ def test_grad_scaler_skips_overflow_and_teaches_nothing():
         scaler.scale(model(torch.randn(4, 6)).square().sum()).backward()
         if step == 5:
             model[0].weight.grad[0, 0] = float("inf")
-            before = [p.detach().clone() for p in model.parameters()]
+            before = copies(model.parameters())
         scaler.step(optimizer)
-        if step == 5:
-            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert step != 5 or same(before, model.parameters())
         scaler.update()
     metrics = optimizer.get_metrics()
     assert metrics["step_count"] == 7 and metrics["skipped_steps"] == 0 and scaler.get_scale() == 512
@@ -191,18 +188,16 @@ def test_grad_scaler_skips_overflow_and_teaches_nothing():
 def test_accelerator_prepare():
     from accelerate import Accelerator
 
-    expected = train(model := network(), create_nspo2_optimizer(model.parameters(), optim.AdamW, {}, options()), 8)
+    expected = train(model := network(), wrapped(model, optim.AdamW), 8)
     model = network()
-    accelerator = Accelerator(cpu=True)
-    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {}, options())
-    model, prepared = accelerator.prepare(model, optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(train(model, prepared, 8), expected))
+    model, prepared = Accelerator(cpu=True).prepare(model, wrapped(model, optim.AdamW))
+    assert same(train(model, prepared, 8), expected)
     assert prepared.optimizer.get_metrics()["step_count"] == 8
 
 
-def test_closures_missing_and_sparse_gradients():
+def test_closures_and_missing_gradients():
     model = network()
-    optimizer = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.01}, options())
+    optimizer = wrapped(model, lr=0.01)
 
     def closure():
         optimizer.zero_grad()
@@ -214,57 +209,47 @@ def test_closures_missing_and_sparse_gradients():
     losses = [float(optimizer.step(closure)) for _ in range(6)]
     assert losses[-1] < losses[0] and torch.equal(unused, model[2].weight)
 
+
+def test_sparse_gradients_are_stepped_as_they_are():
     embedding, bare = (nn.Embedding(20, 4, sparse=True) for _ in range(2))
     bare.load_state_dict(embedding.state_dict())
-    optimizer = create_nspo2_optimizer(embedding.parameters(), optim.SGD, {"lr": 0.1}, options())
-    plain = optim.SGD(bare.parameters(), lr=0.1)
+    pairs = (embedding, wrapped(embedding)), (bare, optim.SGD(bare.parameters(), lr=0.1))
     for step in range(6):
-        for each, optimizer_ in ((embedding, optimizer), (bare, plain)):
-            optimizer_.zero_grad()
+        for each, optimizer in pairs:
+            optimizer.zero_grad()
             each(torch.tensor([step, step + 1])).sum().backward()
-            optimizer_.step()
+            optimizer.step()
     assert embedding.weight.grad.is_sparse and torch.equal(embedding.weight, bare.weight)
 
 
-def test_bad_gradients_are_not_stepped_and_counted():
-    model = network()
-    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.1}, options())
-    train(model, optimizer, 4)
-    before = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    model[0].bias.grad[0] = float("nan")
+@pytest.mark.parametrize("where", ["in a block", "outside the blocks", "sparse"])
+def test_bad_gradients_are_not_stepped_and_counted(where):
+    model = nn.Embedding(20, 4, sparse=True) if where == "sparse" else network()
+    blocks = [list(model[0].parameters())] if where == "outside the blocks" else None
+    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.1}, options(), blocks)
+    if where == "sparse":
+        optimizer = wrapped(model)
+        model(torch.tensor([1, 2])).sum().backward()
+        model.weight.grad = model.weight.grad * float("inf")
+    else:
+        train(model, optimizer, 4)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        ill = model[2 if blocks else 0].bias.grad
+        ill[0] = float("nan")
+    before = copies(model.parameters())
     optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert optimizer.get_metrics()["skipped_steps"] == 1 and optimizer.get_metrics()["step_count"] == 4
-    model[0].bias.grad[0] = 1e30  # finite, but its square is not: a plain step
-    optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert optimizer.get_metrics()["skipped_steps"] == 2
-
-
-def test_bad_numbers_outside_the_blocks_are_not_stepped_either():
-    model = network()
-    blocks = [list(model[0].parameters())]
-    optimizer = create_nspo2_optimizer(model.parameters(), optim.SGD, {"lr": 0.1}, options(), blocks)
-    embedding = nn.Embedding(20, 4, sparse=True)
-    sparse = create_nspo2_optimizer(embedding.parameters(), optim.SGD, {"lr": 0.1}, options())
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    model[2].bias.grad[0] = float("nan")
-    embedding(torch.tensor([1, 2])).sum().backward()
-    embedding.weight.grad = embedding.weight.grad * float("inf")
-    for each in (optimizer, sparse):
-        before = [p.detach().clone() for group in each.param_groups for p in group["params"]]
-        each.step()
-        after = [p for group in each.param_groups for p in group["params"]]
-        assert all(torch.equal(a, b) for a, b in zip(before, after)) and each.get_metrics()["skipped_steps"] == 1
+    assert same(before, model.parameters()) and optimizer.get_metrics()["skipped_steps"] == 1
+    if where == "in a block":
+        assert optimizer.get_metrics()["step_count"] == 4
+        ill[0] = 1e30  # finite, but its square is not: a plain step
+        optimizer.step()
+        assert not same(before, model.parameters()) and optimizer.get_metrics()["skipped_steps"] == 2
 
 
 def test_update_space_leaves_parameters_without_a_gradient_alone():
     model = network()
-    config = options(apply_to="update", trust_radius=1e9)
-    optimizer = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.1}, config)
+    optimizer = wrapped(model, apply_to="update", trust_radius=1e9)
     bias = model[0].bias.detach().clone()
     for _ in range(8):
         optimizer.zero_grad()
@@ -276,45 +261,47 @@ def test_update_space_leaves_parameters_without_a_gradient_alone():
 
 def test_deepcopy_trains_on_alike():
     model = network()
-    optimizer = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"lr": 0.05}, options())
+    optimizer = wrapped(model, optim.AdamW)
     train(model, optimizer, 5)
     other, other_optimizer = copy.deepcopy((model, optimizer))
-    assert all(torch.equal(a, b) for a, b in zip(train(model, optimizer, 6), train(other, other_optimizer, 6)))
+    assert same(train(model, optimizer, 6), train(other, other_optimizer, 6))
 
 
 # ---- state ----
 
 
-def test_parameters_added_later_resume_in_a_wrapper_that_has_them_from_the_start():
+def test_parameters_added_later_have_an_estimate_and_resume_in_a_wrapper_that_has_them_from_the_start():
     first, second = network(), network(seed=5)
-    optimizer = create_nspo2_optimizer(first.parameters(), optim.SGD, {"lr": 0.01}, options())
+    optimizer = wrapped(first, lr=0.01)
     train(first, optimizer, 5)
     optimizer.add_param_group({"params": second.parameters(), "lr": 0.5})
-    train(second, optimizer, 5)
+    before = copies(second.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, train(second, optimizer, 5)))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5]
+    assert [part.step_count for part in optimizer.nspo2.filters] == [10] * 4 + [5] * 4
+    assert math.isfinite(optimizer.get_metrics()["recent_variance_reduction"])
+
     saved, models = copy.deepcopy(optimizer.state_dict()), copy.deepcopy((first, second))
     expected = train(second, optimizer, 4)
     groups = [{"params": models[0].parameters(), "lr": 0.01}, {"params": models[1].parameters(), "lr": 0.5}]
     resumed = create_nspo2_optimizer(groups, optim.SGD, {"lr": 0.01}, options())
     resumed.load_state_dict(saved)
-    assert all(torch.equal(a, b) for a, b in zip(train(models[1], resumed, 4), expected))
+    assert same(train(models[1], resumed, 4), expected)
 
 
 @pytest.mark.parametrize("space", ["gradient", "update"])
-@pytest.mark.parametrize("stop", [3, 5, 8])
+@pytest.mark.parametrize("stop", [3, 8])
 def test_state_resumes_bit_for_bit_through_torch_save(tmp_path, stop, space):
-    config = options(apply_to=space)
-    whole = network()
-    expected = train(whole, create_nspo2_optimizer(whole.parameters(), optim.AdamW, {"lr": 0.05}, config), 12)
-    first = network()
-    optimizer = create_nspo2_optimizer(first.parameters(), optim.AdamW, {"lr": 0.05}, config)
+    whole, first, second = network(), network(), network(seed=9)
+    expected = train(whole, wrapped(whole, optim.AdamW, apply_to=space), 12)
+    optimizer = wrapped(first, optim.AdamW, apply_to=space)
     train(first, optimizer, stop)
     torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    second = network(seed=9)
     second.load_state_dict(checkpoint["model"])
-    optimizer = create_nspo2_optimizer(second.parameters(), optim.AdamW, {"lr": 0.05}, config)
+    optimizer = wrapped(second, optim.AdamW, apply_to=space)
     optimizer.load_state_dict(checkpoint["optimizer"])
-    assert all(torch.equal(a, b) for a, b in zip(train(second, optimizer, 12, start=stop), expected))
+    assert same(train(second, optimizer, 12, start=stop), expected)
 
 
 def test_state_of_others(caplog):
@@ -335,18 +322,6 @@ def test_state_of_others(caplog):
 # ---- as published ----
 
 
-def test_published_metrics():
-    model = network()
-    optimizer = create_nspo2_optimizer(model.parameters(), optim.Adam, {"lr": 1e-3}, get_default_config())
-    names = {"recent_variance_reduction", "current_rank", "current_strategy", "bias", "trust_alpha", "noise_scale"}
-    assert names | {"step_count", "is_active"} <= set(optimizer.get_metrics())
-    assert math.isnan(optimizer.get_metrics()["recent_variance_reduction"])  # nothing was measured yet
-    train(model, optimizer, 15)
-    metrics = optimizer.get_metrics()
-    assert metrics["current_strategy"] == "hybrid" and metrics["step_count"] == 15
-    assert 0 <= metrics["recent_variance_reduction"] <= 1 and isinstance(metrics["is_active"], bool)
-
-
 def test_published_snippets_run(tmp_path, monkeypatch):
     """Quick start, direct use, monitoring and checkpointing, word for word but for the package's name."""
     monkeypatch.chdir(tmp_path)
@@ -358,6 +333,7 @@ def test_published_snippets_run(tmp_path, monkeypatch):
     config['strategy'] = 'noise'  # or 'keep', 'hybrid'  # fmt: skip
     config['projection_rank'] = 16  # fmt: skip
     optimizer = create_nspo2_optimizer(model.parameters(), optim.Adam, {'lr': 1e-3}, config)  # fmt: skip
+    assert math.isnan(optimizer.get_metrics()["recent_variance_reduction"])  # nothing was measured yet
     for batch in dataloader:
         optimizer.zero_grad()
         loss = compute_loss(batch)
@@ -365,8 +341,9 @@ def test_published_snippets_run(tmp_path, monkeypatch):
         optimizer.step()
 
     metrics = optimizer.get_metrics()
-    assert "%" in f"Variance reduction: {metrics['recent_variance_reduction']:.2%}"
-    assert f"Current rank: {metrics['current_rank']}"
+    assert 0 <= metrics["recent_variance_reduction"] <= 1 and isinstance(metrics["current_rank"], (int, float))
+    names = {"current_strategy", "bias", "trust_alpha", "noise_scale", "step_count", "is_active"}
+    assert names < set(metrics) and metrics["current_strategy"] == "noise" and metrics["step_count"] == 25
 
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, 'checkpoint.pt')  # fmt: skip
     checkpoint = torch.load('checkpoint.pt')  # fmt: skip
@@ -385,8 +362,8 @@ def test_published_snippets_run(tmp_path, monkeypatch):
 # ---- planted structure ----
 
 
-def quadratic(strategy, seed, steps=300, signal_inside=False, nspo2=True):
-    """A quadratic over 200 dimensions with 4 planted noise directions: distance to its optimum, and what was used."""
+def quadratic(strategy, seed, signal_inside=False, nspo2=True):
+    """A quadratic over 200 dimensions with 4 planted noise directions: distance to its optimum, and the wrapper."""
     torch.manual_seed(seed)
     planted = torch.linalg.qr(torch.randn(200, 4)).Q
     target = torch.randn(200)
@@ -394,41 +371,27 @@ def quadratic(strategy, seed, steps=300, signal_inside=False, nspo2=True):
     if signal_inside:
         target = planted @ torch.ones(4) * 3
     weight = nn.Parameter(torch.zeros(200))
-    config = get_default_config(strategy=strategy, projection_rank=4, trust_radius=1e9, target_bias=1.0)
-    config.sentinel = False
+    config = options(strategy=strategy, trust_radius=1e9, cov_momentum=0.97, update_freq=10, min_rank=0)
     optimizer = create_nspo2_optimizer([weight], optim.SGD, {"lr": 0.02}, config)
     optimizer.set_enabled(nspo2)
-    for _ in range(steps):
+    for _ in range(200):
         noise = planted @ torch.randn(4) * 5 + 0.1 * torch.randn(200)
         weight.grad = weight.detach() - target + noise
         optimizer.step()
-    return (weight.detach() - target).norm().item(), planted, optimizer
+    return (weight.detach() - target).norm().item(), optimizer
 
 
-def test_noise_finds_planted_directions_and_ends_closer_over_20_seeds():
-    with_it, without = [], []
-    for seed in range(20):
-        distance, planted, optimizer = quadratic("noise", seed)
-        with_it.append(distance)
-        without.append(quadratic("noise", seed, nspo2=False)[0])
-        basis = optimizer.nspo2.filters[0].cov.basis[0, :4]
-        angles = torch.rad2deg(torch.arccos(torch.linalg.svdvals(basis @ planted).clamp(max=1)))
-        assert angles.max() < 10
-        head = optimizer.nspo2.filters[0].head()
-        fresh = (planted @ torch.randn(4, 1000) * 5).T[:, None, None]
-        left = torch.stack([head.apply(sample) for sample in fresh]).square().sum() / fresh.square().sum()
-        assert left <= 0.1
-    # by two thirds on average, not on every seed: noise from before the first basis stays in the null space
-    assert sum(with_it) < 0.75 * sum(without)
-    assert sum(a < b for a, b in zip(with_it, without)) >= 15
+def test_noise_ends_closer_to_the_optimum():
+    """On average, not on every seed: noise from before the first basis stays in the null space."""
+    distances = [[quadratic("noise", seed, nspo2=nspo2)[0] for nspo2 in (True, False)] for seed in range(8)]
+    assert sum(ours for ours, _ in distances) < 0.8 * sum(plain for _, plain in distances)
 
 
 def test_keep_does_not_lose_a_signal_inside_the_noisy_directions():
     """`keep` lets the mean gradient through where `noise` takes it away with the noise."""
     kept = {}
     for strategy in ("keep", "noise"):
-        _, planted, optimizer = quadratic(strategy, 0, steps=200, signal_inside=True)
-        part = optimizer.nspo2.filters[0]
+        part = quadratic(strategy, 0, signal_inside=True)[1].nspo2.filters[0]
         mean = part.reference
         kept[strategy] = (part.head().apply(mean).norm() / mean.norm()).item()
     assert kept["keep"] >= 0.95 and kept["noise"] < 0.3
