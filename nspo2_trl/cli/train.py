@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +28,8 @@ from ..training.dpo import NSPO2DPOTrainer
 from ..training.options import NSPO2DPOConfig
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .data import ROWS_AT_ONCE, NSPO2ScriptArguments, splits
+
+SHOWN_AT_THE_END = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "retain_kl", "retain_loss")
 
 
 def build(
@@ -82,18 +84,39 @@ def tell_of_long_rows(dataset: Any, args: NSPO2DPOConfig) -> None:
         print(f"{cut} of {len(dataset)} training pairs are longer than `max_length` ({args.max_length}) and are cut.")
 
 
+def before_and_after(history: Sequence[dict]) -> dict[str, dict[str, float | None]]:
+    """Held-out figures of a run: `before` training, `unprojected` at its end, `after` all; None where not measured."""
+    ends = [i for i, entry in enumerate(history) if "nspo2/retain_kl_unprojected" in entry]
+    trained, last = (history[: ends[-1]], history[ends[-1]]) if ends else (history, {})
+    found: dict[str, dict[str, float | None]] = {}
+    for name in SHOWN_AT_THE_END:
+        key = f"eval_{name}"
+        values = [entry[key] for entry in history if key in entry]
+        if values:
+            first = next((entry[key] for entry in trained if key in entry), None)
+            at_end = [e[key] for e in trained if key in e and e["step"] == last.get("step")]
+            unprojected = last.get(f"nspo2/{name}_unprojected", at_end[-1] if at_end else None)
+            found[name] = {"before": first, "unprojected": unprojected, "after": values[-1]}
+    return found
+
+
 def report(trainer: NSPO2DPOTrainer) -> None:
     """The tables at the end: what was measured in this run, before and after."""
     history, console = trainer.state.log_history, Console()
-    evals = [entry for entry in history if "eval_loss" in entry]
-    if evals:
+    rows = before_and_after(history)
+    if rows:
         size = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else "some"
-        table = Table("", "before", "after", title=f"{size} held-out pairs, {trainer.state.global_step} steps")
-        for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen"):
-            key = f"eval_{name}"
-            table.add_row(name, *(f"{entry[key]:.4f}" if key in entry else "-" for entry in (evals[0], evals[-1])))
+        projected = trainer.nspo2_retain_projected
+        columns = ["before", *(["unprojected"] if projected else []), "after"]
+        table = Table("", *columns, title=f"{size} held-out pairs, {trainer.state.global_step} steps")
+        for name, row in rows.items():
+            table.add_row(name, *("-" if (value := row[column]) is None else f"{value:.4f}" for column in columns))
         console.print(table)
-        if evals[0]["step"] == 0:
+        if trainer.nspo2_retained is not None:
+            print("retain_kl and retain_loss (its rise): nats per token on held-out retained texts.")
+        if projected:
+            print("unprojected: the adapter as training left it, in unprojected/. after: the adapter that is saved.")
+        if any(entry["step"] == 0 for entry in history if "eval_loss" in entry):
             print("Before training the policy is the reference: margins are 0, and ties count as wrong.")
     if figures := means(history):
         table = Table("", "", "", title="NSPO2, mean of what was logged")
@@ -160,8 +183,10 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
     try:
         trainer.save_model()
+        # what was evaluated before the adapter was projected is not what is saved
         evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        if args.eval_strategy != "no" and trainer.state.global_step not in evaluated:
+        projected = trainer.nspo2_retain_projected
+        if args.eval_strategy != "no" and (projected or trainer.state.global_step not in evaluated):
             trainer.evaluate()
         trainer.save_state()
         trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=dataset)
