@@ -1,10 +1,15 @@
 """Retained texts while training runs: measures, the KL term, and the null space, in all trainers."""
 
+import json
+
 import pytest
 import torch
 from conftest import assert_same, figures, losses, trainable
 from retained import SHORT, sentences, tokenizer
+from test_scripts import command
 from trl import DPOTrainer
+
+from nspo2_trl.cli import train
 
 LINEAR = {"target_modules": "all-linear"}
 QUIET = {"nspo2_retain_kl": 0, "nspo2_retain_project": "no"}
@@ -165,3 +170,64 @@ def test_refused_before_training(make_trainer, texts, options, words):
 def test_the_pairs_own_texts_are_refused(make_trainer, pairs):
     with pytest.raises(ValueError, match="texts of the preference pairs"):
         make(make_trainer, texts=[row["prompt"] + row["chosen"] for row in pairs])
+
+
+# ---- what the command and the model card say ----
+
+
+def texts_file(tmp_path) -> str:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences()))
+    return str(path)
+
+
+@pytest.mark.usefixtures("in_the_repository")
+def test_the_final_table_is_of_the_adapter_that_is_saved(tmp_path, capsys):
+    options = ["--nspo2_retain_dataset", texts_file(tmp_path), "--eval_steps", "4"]
+    train.main(command(tmp_path, *options))
+    printed = capsys.readouterr().out
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert [e["step"] for e in history if "eval_loss" in e] == [0, 4, 4]  # the last one after the projection
+    rows = train.before_and_after(history)
+    for name in ("loss", "rewards/margins", "retain_kl"):
+        first, trained, last = (entry[f"eval_{name}"] for entry in history if "eval_loss" in entry)
+        assert rows[name] == {"before": first, "unprojected": pytest.approx(trained), "after": last}
+        line = next(line for line in printed.splitlines() if line.startswith(f"│ {name} "))
+        assert all(f"{value:.4f}" in line for value in (first, trained, last))
+    assert rows["retain_kl"]["before"] == pytest.approx(0, abs=1e-6)
+    assert 0 < rows["retain_kl"]["after"] < rows["retain_kl"]["unprojected"]
+    assert "unprojected: the adapter as training left it" in printed
+
+
+@pytest.mark.usefixtures("in_the_repository")
+def test_without_a_projection_the_table_has_no_such_column(tmp_path, capsys):
+    options = ["--nspo2_retain_dataset", texts_file(tmp_path), "--nspo2_retain_project", "no", "--eval_steps", "4"]
+    train.main(command(tmp_path, *options))
+    printed = capsys.readouterr().out
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert [e["step"] for e in history if "eval_loss" in e] == [0, 4]
+    assert "unprojected" not in printed and "retain_kl" in printed
+
+
+def test_the_card_says_what_was_retained(make_trainer, pairs, tmp_path):
+    held_out = {"eval_dataset": pairs.select(range(4))}
+    trainer = make(make_trainer, trainer=held_out, nspo2_retain_kl=3, nspo2_retain_rank=5, **EVAL)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"a dataset given to the trainer, 32 texts of {trainer.nspo2_retained.tokens:,} tokens; 8 more" in card
+    assert "KL term of weight 3; 5 directions taken out of each input after training, the rest" in card
+    assert "`eval_loss`" in card and "last evaluation, before the projection" in card
+    for name in ("eval_retain_kl", "nspo2/retain_kl_unprojected"):
+        assert f"| `{name}` | {logged(trainer, name)[-1]:.4g} |" in card
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert "before the projection" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_card_of_texts_that_were_only_measured(make_trainer, tmp_path):
+    trainer = make(make_trainer, texts=texts_file(tmp_path), nspo2_enabled=False, max_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Only measured, nothing was done to retain them." in card and str(tmp_path) not in card

@@ -22,6 +22,13 @@ CITATION = """@software{nspo2,
     year  = 2024,
     url   = {https://github.com/PrayPrey/NSRPO2}
 }"""
+RETAINED = {
+    "eval_retain_kl": "KL(frozen ‖ policy) on held-out retained texts, nats per token",
+    "eval_retain_loss": "rise of the loss there, nats per token",
+    "nspo2/retain_kl_unprojected": "that KL as training left the adapter",
+    "nspo2/retain_loss_unprojected": "that rise as training left the adapter",
+    "nspo2/retain_leakage": METRICS["retain_leakage"][0],
+}
 # where a run was and who may write there, not what it did; and what Trainer fills in by itself
 _LEFT_OUT = {"output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "report_to"}
 _LEFT_OUT |= {"hub_token", "push_to_hub_token", "push_to_hub", "accelerator_config", "debug", "do_eval"}
@@ -59,6 +66,8 @@ def recipe(trainer: Any) -> dict:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         if f.init and f.name not in _LEFT_OUT and getattr(args, f.name) != default:
             chosen[f.name] = getattr(args, f.name)
+    if args.nspo2_retain_dataset:
+        chosen["nspo2_retain_dataset"] = _public(args.nspo2_retain_dataset)
     if args.nspo2_enabled:  # an attached trainer has them beside its fields
         defaults, options = nspo2_options(NSPO2Arguments), nspo2_options(args)
         defaults["max_rank"] = max(1, 2 * options["projection_rank"])
@@ -83,9 +92,13 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _base_model(trainer: Any) -> str:
-    """The hub id of the base model, of a local folder its name."""
-    name = str(trainer.model.config._name_or_path).rstrip("/")
-    return os.path.basename(name) if os.path.isdir(name) else name
+    return _public(str(trainer.model.config._name_or_path))
+
+
+def _public(name: str) -> str:
+    """A hub id, or of a local folder or file its own name."""
+    name = name.rstrip("/")
+    return os.path.basename(name) if os.path.exists(name) else name
 
 
 def _what_was_done(trainer: Any) -> str:
@@ -99,6 +112,42 @@ def _what_was_done(trainer: Any) -> str:
     return f"{estimate}. {what} filtered: the strongest noise directions removed (strategy `{args.nspo2_strategy}`)."
 
 
+def _what_was_retained(trainer: Any) -> list[str]:
+    """Lines on the retained texts: which, and what was done to keep the model as it was on them."""
+    retained = trainer.nspo2_retained
+    if retained is None:
+        return []
+    config = retained.config
+    name = f"`{_public(config.dataset)}`" if config.dataset else "a dataset given to the trainer"
+    texts = f"Retained texts: {name}, {len(retained.texts)} texts of {retained.tokens:,} tokens; "
+    texts += f"{sum(len(batch['input_ids']) for batch in retained.held_out)} more held out to measure on."
+    done = [f"KL term of weight {config.kl:g}"] if trainer._nspo2_retain_kl else []
+    if trainer.args.nspo2_enabled and config.project != "no":
+        scaled = f", the rest of `lora_A` times {config.scale:g}" if config.project == "after" else ""
+        done.append(f"{config.rank} directions taken out of each input {config.project} training{scaled}")
+    return [f"{texts} {'; '.join(done) or 'Only measured, nothing was done to retain them'}.", ""]
+
+
+def _evaluated(history: Sequence[dict]) -> list[tuple[str, str, str]]:
+    """Rows on the last evaluation of held-out pairs; they say so where the adapter was projected after it."""
+    at = [i for i, entry in enumerate(history) if "eval_loss" in entry]
+    if not at:
+        return []
+    later = any("nspo2/retain_kl_unprojected" in entry for entry in history[at[-1] :])
+    words = "last evaluation" + (", before the projection" if later else "")
+    shown = {key: v for key, v in history[at[-1]].items() if key.startswith("eval_rewards/") or key == "eval_loss"}
+    return [(key, f"{value:.4g}", words) for key, value in shown.items()]
+
+
+def _retained_figures(history: Sequence[dict]) -> list[tuple[str, str, str]]:
+    """Rows on held-out retained texts: the last of each figure."""
+    found = []
+    for key, words in RETAINED.items():
+        values = [entry[key] for entry in history if key in entry]
+        found += [(key, f"{values[-1]:.4g}", words)] if values else []
+    return found
+
+
 def add_to_card(path: str, trainer: Any) -> None:
     """Add the section on NSPO2 to the model card that TRL wrote, and mend what it says of a local base model."""
     card = Path(path).read_text()
@@ -107,12 +156,9 @@ def add_to_card(path: str, trainer: Any) -> None:
         card = card.replace('[{"role": "user", "content": question}]', "question")
     card = card.replace('model="None"', f'model="{Path(str(trainer.args.output_dir)).name}"')
     history = trainer.state.log_history
-    evals = [entry for entry in history if "eval_loss" in entry]
-    figures = [(key, f"{value:.4g}", "last evaluation") for key, value in (evals[-1] if evals else {}).items()]
-    figures = [row for row in figures if row[0].startswith("eval_rewards/") or row[0] == "eval_loss"]
-    figures += measured(trainer)
+    figures = _evaluated(history) + _retained_figures(history) + measured(trainer)
     steps = trainer.state.global_step
-    lines = ["## NSPO2", "", _what_was_done(trainer), ""]
+    lines = ["## NSPO2", "", _what_was_done(trainer), "", *_what_was_retained(trainer)]
     lines += [f"Measured in this run of {steps} steps; NSPO2's figures are means of what was logged:"]
     lines += ["", "| figure | value | |", "|---|---|---|"]
     lines += [f"| `{key}` | {value} | {words} |" for key, value, words in figures]
