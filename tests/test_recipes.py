@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, launch_and_log
 from peft import LoraConfig
+from retained import sentences
 from safetensors.torch import load_file
 from test_scripts import few_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -122,6 +123,10 @@ def rows(tmp_path_factory):
             "rejected": [turn("assistant", r)],
         },
     }
+    (folder / "NeelNanda/pile-10k").mkdir(parents=True)
+    (folder / "NeelNanda/pile-10k/train.jsonl").write_text(
+        "\n".join(json.dumps({"text": text, "meta": {"pile_set_name": "Github"}}) for text in sentences())
+    )
     texts = [
         [row[k].strip()[:60] for k in ("prompt", "chosen", "rejected")] for row in few_rows(folder / "all.jsonl", 26)
     ]
@@ -175,6 +180,9 @@ def test_trains_a_tiny_model(path, rows, tiny, tmp_path):
         "nspo2_update_freq": 2,
         "disable_tqdm": True,
     }
+    retained = "nspo2_retain_dataset" in recipe
+    if retained:
+        options |= {"nspo2_retain_dataset": rows / recipe["nspo2_retain_dataset"], "nspo2_retain_rank": 4}
     if not is_bitsandbytes_available():
         options["load_in_4bit"] = False
     if "hh_helpful" in path:  # bfloat16 is slow on many CPUs: once for each model is enough
@@ -182,8 +190,10 @@ def test_trains_a_tiny_model(path, rows, tiny, tmp_path):
     train.main([word for key, value in options.items() for word in (f"--{key}", str(value))])
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     losses = [entry[key] for entry in history for key in ("loss", "eval_loss") if key in entry]
-    assert len(losses) == 5 + 2 and all(map(math.isfinite, losses))
+    evaluations = 3 if retained else 2  # a run that projects evaluates once more, after it
+    assert len(losses) == 5 + evaluations and all(map(math.isfinite, losses))
     assert any(entry.get("nspo2/active", 0) > 0 and "nspo2/variance_reduction" in entry for entry in history)
+    assert retained == any("nspo2/retain_kl_unprojected" in entry for entry in history)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     learned = [name for name, weight in adapter.items() if "lora_B" in name and weight.any()]
     assert len(learned) == 2 * 7  # B starts at zero; seven linear layers in each of two
