@@ -19,10 +19,10 @@ class RetainConfig:
     dataset: str | None = option(
         None,
         lambda v: v is None or isinstance(v, str) and v != "",
-        "a hub id, a folder, a file, or left out",
+        "a hub id, a folder, a file, `self`, or left out",
         "Texts on which the model is to stay as it is: hub id, folder or file with a column `text`, `messages`, or "
-        "`prompt` and `completion`. A fifth is held out and measured on at each evaluation. Left out, nothing is "
-        "retained.",
+        "`prompt` and `completion`; `self`: the frozen model writes them before training. A fifth is held out and "
+        "measured on at each evaluation. Left out, nothing is retained.",
     )
     samples: int = whole(256, "Retained texts that are used.", least=2)
     max_length: int = whole(256, "Tokens of each retained text; the rest is cut.", least=2)

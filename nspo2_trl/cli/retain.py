@@ -47,7 +47,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("adapter", help="Folder or hub id of a LoRA adapter.")
-    add("--retain_dataset", nargs="+", required=True, help="Texts to retain: hub ids, folders or files.")
+    add(
+        "--retain_dataset",
+        nargs="+",
+        required=True,
+        help="Texts to retain: hub ids, folders or files; `self`: the base model writes them.",
+    )
     add("--retain_eval_dataset", nargs="*", default=[], help="Texts that are measured on alone.")
     add("--dataset_name", help="Preference pairs: hub id, folder or file; the split `test`, or else all rows.")
     add("--output_dir", required=True, help="Where the projected adapter goes.")
@@ -140,9 +145,10 @@ def retain(args: argparse.Namespace) -> dict[str, Any]:
     adapters = input_adapters(model, "default")
     learned: list[list[int]] = []
     measured: dict[str, list[Batch]] = {}
-    for option in ("retain_dataset", "retain_eval_dataset"):
+    samples, length, folder = args.retain_samples, args.retain_max_length, args.output_dir
+    for seed, option in enumerate(("retain_dataset", "retain_eval_dataset")):
         for name in getattr(args, option):
-            texts = retained_texts(name, tokenizer, args.retain_samples, args.retain_max_length, option)
+            texts = retained_texts(model, name, tokenizer, samples, length, option, seed=seed, folder=folder)
             check_texts(texts, model, option=option)
             held = texts
             if option == "retain_dataset":

@@ -20,6 +20,7 @@ from ..projections.retain.project import FORMS, Point, put, starts
 from ..projections.retain.saved import collect_once
 from ..projections.retain.texts import SKIP_TOKENS, Batch, batches, check_texts, hold_out, tokenize
 from .loading import load
+from .self_texts import SELF, self_texts
 
 Texts: TypeAlias = str | Dataset | IterableDataset | Sequence[str]
 
@@ -46,7 +47,8 @@ def retain_adapter(
     Args:
         model: with the adapter, not merged.
         retain_dataset: texts that the model is to go on reading as before: hub id, folder, file, `Dataset` with
-            `text`, `messages`, or `prompt` and `completion`, or a list of texts. A fifth is held out to measure on.
+            `text`, `messages`, or `prompt` and `completion`, or a list of texts; `"self"`: the frozen model writes
+            them, see [`self_texts`]. A fifth is held out to measure on.
         processing_class: the model's tokenizer.
         rank: directions taken out of each input. scale: of what is left. form: `"hard"` or `"ridge"`.
         samples: texts used. max_length: tokens of each. skip: first tokens of each that do not count.
@@ -64,7 +66,10 @@ def retain_adapter(
     point = Point(rank, scale, form)
     check_point(point)
     adapters = input_adapters(model, adapter_name)
-    texts = retained_texts(retain_dataset, processing_class, samples, max_length)
+    with active(model, adapter_name):
+        texts = retained_texts(
+            model, retain_dataset, processing_class, samples, max_length, folder=cache_dir, frozen=frozen
+        )
     learned, held_out = hold_out(texts)
     tokens = check_texts(learned, model, rank, skip)
     with active(model, adapter_name):
@@ -92,13 +97,21 @@ def check_point(point: Point) -> None:
 
 
 def retained_texts(
+    model: PeftModel,
     dataset: Texts,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     max_length: int,
     option: str = "retain_dataset",
+    **writing: Any,
 ) -> list[list[int]]:
-    """Token ids of the texts; see [`texts.tokenize`]. Of a dataset by name the split `train`, or else the first."""
+    """Token ids of the texts; see [`texts.tokenize`]. Of a dataset by name the split `train`, or else the first.
+
+    Args:
+        writing: arguments of [`self_texts`], for a `dataset` that is `"self"`.
+    """
+    if isinstance(dataset, str) and dataset == SELF:
+        return self_texts(model, tokenizer, samples, max_length, option, **writing)
     if isinstance(dataset, str):
         needs = "it needs rows with `text`, `messages`, or `prompt` and `completion`"
         found = load(dataset, option=option, needs=needs)

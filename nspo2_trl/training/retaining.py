@@ -46,12 +46,13 @@ class Retained:
         seed: int,
     ):
         self.model, self.tokenizer, self.config, self.folder, self.seed = model, tokenizer, config, folder, seed
-        texts = retained_texts(dataset, tokenizer, config.samples, config.max_length, "nspo2_retain_dataset")
+        self.frozen = frozen_state(model)
+        samples, length, option = config.samples, config.max_length, "nspo2_retain_dataset"
+        texts = retained_texts(model, dataset, tokenizer, samples, length, option, folder=folder, frozen=self.frozen)
         self.texts, held_out = hold_out(texts)
         rank = config.rank if config.project != "no" else 0
         self.tokens = check_texts(self.texts, model, rank, option="nspo2_retain_dataset")
         self.held_out = retained_batches(held_out, tokenizer)
-        self.frozen = frozen_state(model)
         self.writes_tokens = model.get_output_embeddings() is not None  # a reward model has no next token
 
     def refuse_pairs(self, dataset: Any) -> None:
@@ -100,7 +101,7 @@ class Retained:
         batch = batches(texts, self.tokenizer.pad_token_id or 0, tokens=self.config.max_length * len(texts))[0]
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         mask = batch["attention_mask"].bool()
-        with reading(self.model), self.frozen():
+        with reading(self.model), (self.frozen or self.model.disable_adapter)():
             before = logits(model, batch)[mask]
         return token_kl(before, logits(model, batch)[mask]).mean()
 
@@ -111,15 +112,15 @@ class Retained:
         return self.texts[int(torch.randperm(count, generator=order)[number % count])]
 
 
-def frozen_state(model: PeftModel) -> Frozen:
-    """Enters what "frozen" means: the model as the run found it.
+def frozen_state(model: PeftModel) -> Frozen | None:
+    """Enters what "frozen" means, the model as the run found it; `None` where that is the base with its adapter off.
 
-    That is the base, where the adapter adds nothing yet; where a trained adapter is trained on, it is the adapter as
-    it is now, of which a copy is kept.
+    That is so where the adapter adds nothing yet. Where a trained adapter is trained on, it is the adapter as it is
+    now, of which a copy is kept.
     """
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not any(_adds(name, param) for name, param in trained.items()):
-        return model.disable_adapter
+        return None
     return swapped(list(trained.values()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def collect_once(
     texts, the adapted modules and the settings. `folder` is one that all processes see.
     """
     settings = [rank, skip, [adapter.name for adapter in adapters]]
-    keys = [_key(model, [*batches, *held_out], settings, whole=frozen is not None)]
+    with (frozen or nullcontext)():
+        keys = [key_of(model, [*batches, *held_out], settings, whole=frozen is not None)]
     broadcast_object_list(keys)  # of a sharded model each process sees other entries
     path = Path(folder) / f"retained-{keys[0]}.safetensors"
     there = [path.is_file()]
@@ -75,13 +77,13 @@ def load(path: Path, adapters: Sequence[InputAdapter]) -> list[InputSpace]:
     return spaces
 
 
-def _key(model: nn.Module, batches: Sequence[Batch], settings: list, whole: bool) -> str:
-    """12 hexadecimal digits; LoRA's parameters count only where the frozen model is the `whole`, adapter included."""
+def key_of(model: nn.Module, batches: Sequence[Batch], settings: list, whole: bool) -> str:
+    """12 hexadecimal digits; the adapter counts only where the frozen model is the `whole`, adapter included."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for batch in batches:
         digest.update(json.dumps([tensor.tolist() for tensor in batch.values()]).encode())
     for name, param in model.named_parameters():
-        if "lora_" in name and not whole:
+        if not whole and ("lora_" in name or ".modules_to_save." in name):
             continue
         flat = local(param.detach()).flatten()
         some = flat[:: max(1, flat.numel() // PROBED)].to(torch.float32)
