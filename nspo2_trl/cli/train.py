@@ -120,8 +120,8 @@ def report(trainer: NSPO2DPOTrainer) -> None:
             print("Before training the policy is the reference: margins are 0, and ties count as wrong.")
     if figures := means(history):
         table = Table("", "", "", title="NSPO2, mean of what was logged")
-        for row in measured(trainer):
-            table.add_row(*row)
+        for cells in measured(trainer):
+            table.add_row(*cells)
         table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
         if not figures.get("active") and trainer.args.nspo2_projection_rank > 0:
