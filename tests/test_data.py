@@ -7,6 +7,7 @@ import yaml
 from conftest import ROOT
 from datasets import Dataset, DatasetDict, IterableDataset
 from test_scripts import command, few_rows, logged, refused
+from transformers import AutoTokenizer
 
 from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.cli import train
@@ -29,52 +30,41 @@ def say(role, text, **more):
     return [{"role": role, "content": text} | more]
 
 
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+CHAT = {"prompt": say("user", "a"), "chosen": say("assistant", "b"), "rejected": say("assistant", "c")}
+
+
 @pytest.mark.parametrize("columns", [("prompt", "chosen", "rejected"), ("chosen", "rejected")])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "csv", "saved", "folder"])
 def test_kinds_of_local_data(tmp_path, kind, columns):
     path = tmp_path / f"pairs.{kind}"
-    if kind.startswith("jsonl"):
-        rows = few_rows(path, columns=columns)
-    else:
-        rows = few_rows(tmp_path / "rows.jsonl", columns=columns)
-        dataset = Dataset.from_list(rows)
-        if kind == "parquet":
-            dataset.to_parquet(path)
-        elif kind == "csv":
-            dataset.to_csv(path)
-        elif kind == "saved":
-            DatasetDict(train=dataset).save_to_disk(path)
-        else:
-            path.mkdir()
-            (tmp_path / "rows.jsonl").rename(path / "train.jsonl")
-    script_args, args, _, mixture = train.parse(command(tmp_path, "--dataset_name", str(path)))
-    training, held_out = train.splits(script_args, args, mixture)
-    assert len(training) + len(held_out) == 40 and len(held_out) == 2
+    rows = few_rows(path if kind.startswith("jsonl") else tmp_path / "rows.jsonl", columns=columns)
+    dataset = Dataset.from_list(rows)
+    if kind == "parquet":
+        dataset.to_parquet(path)
+    elif kind == "csv":
+        dataset.to_csv(path)
+    elif kind == "saved":
+        DatasetDict(train=dataset).save_to_disk(path)
+    elif kind == "folder":
+        path.mkdir()
+        (tmp_path / "rows.jsonl").rename(path / "train.jsonl")
+    training, held_out = loaded(tmp_path, "--dataset_name", str(path))
+    assert len(training) == 38 and len(held_out) == 2
     assert sorted(training.column_names) == sorted(columns)
     assert rows[0]["chosen"] in [*training["chosen"], *held_out["chosen"]]
 
 
-def test_conversational_pairs(tmp_path, capsys):
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with open(tmp_path / "chat.jsonl", "w") as file:
-        for row in few_rows(tmp_path / "rows.jsonl", 12):
-            say = lambda role, text: [{"role": role, "content": text}]
-            turn = {"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["chosen"])}
-            file.write(json.dumps(turn | {"rejected": say("assistant", row["rejected"])}) + "\n")
-    parsed = train.parse(command(tmp_path, "--dataset_name", str(tmp_path / "chat.jsonl"), steps=2))
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(parsed[2].model_name_or_path)
-    tokenizer.chat_template = template
-    training, _ = train.splits(parsed[0], parsed[1], parsed[3])
-    trainer = NSPO2DPOTrainer(
-        parsed[2].model_name_or_path,
-        args=parsed[1],
-        train_dataset=training,
-        eval_dataset=training,
-        processing_class=tokenizer,
-        peft_config=train.get_peft_config(parsed[2]),
-    )
+def test_conversational_pairs(tmp_path):
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    rows = [{k: say(roles[k], text) for k, text in row.items()} for row in few_rows(tmp_path / "rows.jsonl", 12)]
+    options = ["--dataset_name", write(tmp_path / "chat.jsonl", rows)]
+    _, args, model_args, _ = train.parse(command(tmp_path, *options, steps=2))
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    parts = dict(zip(("train_dataset", "eval_dataset"), loaded(tmp_path, *options)), processing_class=tokenizer)
+    lora = train.get_peft_config(model_args)
+    trainer = NSPO2DPOTrainer(model_args.model_name_or_path, args=args, peft_config=lora, **parts)
     trainer.train()
     assert trainer.state.global_step == 2
 
@@ -92,18 +82,13 @@ def test_columns_by_other_names(tmp_path, streaming):
     training, _ = loaded(tmp_path, *options)
     assert isinstance(training, IterableDataset) == (streaming == "true")
     assert list(training) == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-    train.main(command(tmp_path, *options, steps=3))
-    assert len([entry for entry in logged(tmp_path / "out") if "loss" in entry]) == 3
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
-def test_columns_that_change_places(tmp_path, streaming):
-    path = write(tmp_path / "swapped.jsonl", [{"prompt": "a", "chosen": "worse", "rejected": "better"}] * 4)
-    names = ["--chosen_column", "rejected", "--rejected_column", "chosen", "--dataset_streaming", streaming]
-    training, _ = loaded(tmp_path, "--dataset_name", path, "--eval_strategy", "no", *names)
-    assert list(training)[0] == {"prompt": "a", "chosen": "better", "rejected": "worse"}
-    path = write(tmp_path / "third.jsonl", [{"prompt": "a", "chosen": "worse", "other": "better"}] * 4)
-    names = ["--chosen_column", "other", "--rejected_column", "chosen", "--dataset_streaming", streaming]
+@pytest.mark.parametrize("better", ["rejected", "other"])
+def test_columns_that_change_places(tmp_path, streaming, better):
+    path = write(tmp_path / "swapped.jsonl", [{"prompt": "a", "chosen": "worse", better: "better"}] * 4)
+    names = ["--chosen_column", better, "--rejected_column", "chosen", "--dataset_streaming", streaming]
     training, _ = loaded(tmp_path, "--dataset_name", path, "--eval_strategy", "no", *names)
     assert list(training)[0] == {"prompt": "a", "chosen": "better", "rejected": "worse"}
 
@@ -118,9 +103,6 @@ def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
 
 
 # ---- bad rows ----
-
-GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
-CHAT = {"prompt": say("user", "a"), "chosen": say("assistant", "b"), "rejected": say("assistant", "c")}
 
 
 @pytest.mark.parametrize(
@@ -162,15 +144,17 @@ def test_rows_of_the_test_split_are_looked_at_too(tmp_path, capsys):
     assert "split test`, row 2" in said
 
 
-def test_one_row_cannot_be_split(tmp_path, capsys):
-    path = write(tmp_path / "one.jsonl", [GOOD])
-    assert "has one row, none can be held out" in refused(capsys, command(tmp_path, "--dataset_name", path))
-
-
-def test_rows_that_are_all_too_long(tmp_path, capsys):
-    few_rows(tmp_path / "rows.jsonl", 12)
-    options = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--max_length", "3", "--eval_strategy", "no"]
-    assert "No row of the training set is left" in refused(capsys, command(tmp_path, *options))
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        (1, "", "has one row, none can be held out"),
+        (12, "--max_length 3 --eval_strategy no", "No row of the training set is left"),
+    ],
+)
+def test_nothing_left_to_train_on(tmp_path, capsys, rows, options, message):
+    few_rows(tmp_path / "rows.jsonl", rows)
+    argv = command(tmp_path, "--dataset_name", str(tmp_path / "rows.jsonl"), *options.split())
+    assert message in refused(capsys, argv)
 
 
 def test_what_teaches_nothing_is_counted(tmp_path, capsys):
@@ -188,35 +172,30 @@ def test_what_teaches_nothing_is_counted(tmp_path, capsys):
 # ---- what TRL does with data stays ----
 
 
-def test_a_mixture(tmp_path, capsys):
+def test_a_mixture(tmp_path):
     rows = few_rows(tmp_path / "all.jsonl", 30)
     parts = [write(tmp_path / f"{i}.jsonl", rows[i::2]) for i in range(2)]
-    recipe = yaml.safe_load((ROOT / "recipes/quickstart/dpo.yaml").read_text())
-    del recipe["dataset_name"]
+    recipe = yaml.safe_load((ROOT / "recipes/quickstart/dpo.yaml").read_text()) | {"test_split_size": 0.2}
     recipe["datasets"] = [{"path": "json", "data_files": part} for part in parts]
-    recipe["test_split_size"] = 0.2
+    del recipe["dataset_name"]
     (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(recipe))
-    argv = ["--config", str(tmp_path / "mixture.yaml"), *command(tmp_path, steps=3)[2:]]
-    parsed = train.parse(argv)
-    training, held_out = train.splits(parsed[0], parsed[1], parsed[3])
+    argv = ["--config", str(tmp_path / "mixture.yaml"), "--use_cpu", "true", "--output_dir", str(tmp_path / "out")]
+    script_args, args, _, mixture = train.parse(argv)
+    training, held_out = train.splits(script_args, args, mixture)
     assert (len(training), len(held_out)) == (24, 6)
-    train.main(argv)
-    assert any("eval_loss" in entry for entry in logged(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--precompute_ref_log_probs", "true"],
-        ["--max_length", "24", "--truncation_mode", "keep_end"],
-        ["--dataset_streaming", "true", "--eval_strategy", "no"],
-        ["--padding_free", "false", "--loss_type", "ipo", "--beta", "0.3"],
+        "--precompute_ref_log_probs true --loss_type ipo --beta 0.3",
+        "--dataset_streaming true --eval_strategy no --max_length 24 --truncation_mode keep_end",
     ],
 )
 def test_settings_of_trl_that_touch_the_data(tmp_path, options):
-    train.main(command(tmp_path, *options))
+    train.main(command(tmp_path, *options.split(), steps=3))
     steps = [entry for entry in logged(tmp_path / "out") if "loss" in entry]
-    assert len(steps) == 4 and steps[-1]["nspo2/active"] == 1
+    assert len(steps) == 3 and steps[-1]["nspo2/active"] == 1
 
 
 def test_tools_columns_are_left_alone(tmp_path):

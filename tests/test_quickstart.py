@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import runpy
 import subprocess
 import sys
 
@@ -23,17 +24,12 @@ def rows(split):
         return [json.loads(line) for line in file]
 
 
-def test_gold_score_counts_words():
-    assert build.gold_score("She SHARED, hugged and cried; unkindly.") == 1
-    assert build.gold_score("") == 0
-
-
 def test_stories_of_the_grammar_are_well_formed():
+    assert build.gold_score("She SHARED, hugged and cried; unkindly.") == 1 and build.gold_score("") == 0
     rng = random.Random(0)
     stories = [build.write_story(rng) for _ in range(200)]
-    opening = [" ".join(first) for first, _ in stories]
-    rest = [" " + " ".join(events) for _, events in stories]
-    assert build.well_formed(opening, rest) == 1
+    opening, rest = ([" ".join(part) for part in parts] for parts in zip(*stories))
+    assert build.well_formed(opening, [" " + text for text in rest]) == 1
     assert build.well_formed(["Ada met Bea."], [" Ada the ball kicked."]) == 0
     scores = [build.gold_score(text) for text in rest]
     assert min(scores) < -2 < 2 < max(scores)
@@ -77,22 +73,26 @@ def test_the_recipe_teaches_kindness(tmp_path):
     assert after > before + 1
 
 
-def test_score_refuses_a_folder_without_an_adapter(tmp_path):
-    done = subprocess.run([sys.executable, str(FOLDER / "score.py"), str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode != 0 and "holds no LoRA adapter" in done.stderr
+@pytest.fixture
+def run(monkeypatch):
+    def start(script, *argv):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+
+    return start
 
 
-def test_score_says_when_too_few_samples_came_to_an_end(tmp_path):
+def test_what_score_and_build_refuse(tmp_path, run):
+    with pytest.raises(SystemExit, match="holds no LoRA adapter"):
+        run("score.py", tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit, match="pass --force to overwrite"):
+        run("build.py", "--out", tmp_path)
+
+
+def test_score_says_when_too_few_samples_came_to_an_end(tmp_path, run, capsys):
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained(tmp_path)
-    score = [sys.executable, str(FOLDER / "score.py"), str(tmp_path), "--num_prompts", "1"]
-    printed = subprocess.run(score, capture_output=True, text=True, check=True).stdout
-    assert len(re.findall(r"[01] of 1 samples came to an end; a score needs two at least", printed)) == 2
-
-
-def test_build_overwrites_nothing_unasked(tmp_path):
-    (tmp_path / "data").mkdir()
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "build.py"), "--out", str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "pass --force to overwrite" in done.stderr
+    run("score.py", tmp_path, "--num_prompts", "1")
+    said = capsys.readouterr().out
+    assert len(re.findall("[01] of 1 samples came to an end; a score needs two at least", said)) == 2
