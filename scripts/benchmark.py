@@ -4,6 +4,7 @@
     python scripts/benchmark.py sizes --sizes 135m 8b --lora_r 16
     python scripts/benchmark.py variance --help         what filters take away of noise and of signal
     python scripts/benchmark.py convergence --help      methods x rates x seeds, in parts, over hours
+    python scripts/benchmark.py retain --help           what a model forgets in DPO, and what keeps it
     python scripts/benchmark.py tables                  docs/results.md and plots from benchmarks/raw
     python scripts/benchmark.py pack                    the files of cells that have ended, into one a study
     python scripts/benchmark.py --smoke                 convergence, variance and tables, tiny
@@ -65,6 +66,10 @@ def main() -> None:
     command, rest = (sys.argv[1:] or [""])[0], sys.argv[2:]
     if command in convergence.COMMANDS:
         sys.exit(bool(convergence.COMMANDS[command](rest)))
+    if command == "retain":
+        from bench import retain
+
+        sys.exit(retain.run(rest))
     if command == "--smoke":
         return print(f"Everything is in {convergence.smoke()}.")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

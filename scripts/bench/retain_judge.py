@@ -1,0 +1,159 @@
+"""Rows of `retain` judged: KL at equal held-out preference loss, as a share of what plain's scaled adapter has there.
+
+A row is one point of one adapter: method, seed, rank, scale, control (random K), loss, accuracy, margin, and per kind of
+text `retained` with kl and loss_rise.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nspo2_trl.cli.frontier import scaled_kl
+
+Row = dict
+
+
+def kl_at(rows: Sequence[Row], kind: str, loss: float) -> float | None:
+    """KL on texts of a `kind` that an adapter, merely scaled as in `rows` of rank 0, has at a held-out loss.
+
+    Log KL is taken to be linear in the loss between two scales. A loss that no scale reaches counts as the lowest that one
+    does, which favours the scaled adapter. None where the loss is above that of all scales.
+    """
+    lowest = min(row["loss"] for row in rows)
+    return scaled_kl(list(rows), kind, max(loss, lowest))
+
+
+def judge(rows: Sequence[Row]) -> list[Row]:
+    """`rows` with `share`, per kind of text: KL over that of plain's scaled adapter of the same seed at equal loss."""
+    found = []
+    for row in rows:
+        rival = [other for other in rows if is_rival(other) and other["seed"] == row["seed"]]
+        share = {}
+        for kind, figures in row["retained"].items() if len(rival) > 1 else ():
+            kl = kl_at(rival, kind, row["loss"])
+            share[kind] = figures["kl"] / kl if kl else None
+        found.append(row | {"share": share})
+    return found
+
+
+def is_rival(row: Row) -> bool:
+    return row["method"] == "plain" and row["rank"] == 0
+
+
+def settings(rows: Sequence[Row]) -> list[list[Row]]:
+    """Judged rows that differ by seed alone, side by side, in the order of method, control, rank and scale."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = row["method"] != "plain", row["method"], row["control"], row["rank"], row["scale"]
+        groups.setdefault(key, []).append(row)
+    return [groups[key] for key in sorted(groups)]
+
+
+def lowest_loss(groups: Sequence[list[Row]]) -> list[list[Row]]:
+    """Of the scales of each adapter and rank the one of lowest mean held-out loss: nothing is chosen by KL."""
+    best: dict[tuple, list[Row]] = {}
+    for group in groups:
+        key = group[0]["method"], group[0]["control"], group[0]["rank"]
+        if key not in best or mean(group, "loss") < mean(best[key], "loss"):
+            best[key] = group
+    return list(best.values())
+
+
+def mean(group: Sequence[Row], figure: str) -> float:
+    return statistics.fmean(row[figure] for row in group)
+
+
+def cells(group: Sequence[Row]) -> list[str]:
+    """The line of a setting: what it is, seeds, loss, and per kind of text KL with its share, median [range]."""
+    first = group[0]
+    method = "plain" if first["method"] == "plain" else f"KL term, weight {first['method'][2:]}"
+    what = "only scaled" if not first["rank"] else f"{first['rank']} {'random' if first['control'] else 'directions'}"
+    found = [method, what, f"{first['scale']:g}", str(len(group)), f"{mean(group, 'loss'):.3f}"]
+    for kind in first["retained"]:
+        kl = statistics.median(row["retained"][kind]["kl"] for row in group)
+        shares = [row["share"].get(kind) for row in group]
+        text = f"{kl:.4f}"
+        if is_rival(first):
+            text += ", 1"
+        elif all(share is not None for share in shares):
+            text += f", {statistics.median(shares):.2f}"
+            text += f" [{min(shares):.2f}, {max(shares):.2f}]" if len(shares) > 1 else ""
+        found.append(text)
+    return found
+
+
+def head(rows: Sequence[Row]) -> list[str]:
+    return ["training", "taken out", "scale", "seeds", "held-out loss", *rows[0]["retained"]]
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    table = Table(title=f"{title}: KL in nats per token, and its share of plain's, scaled to equal held-out loss")
+    for name in head(rows):
+        table.add_column(name, no_wrap=True)
+    groups = settings(judge(rows))
+    best = lowest_loss(groups)
+    for group in groups:
+        table.add_row(*cells(group), style="bold" if group in best else None)
+    console = Console()
+    console.width = max(console.width, 170)
+    console.print(table)
+
+
+def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
+    """One panel a kind of text, a line an adapter and seed: held-out loss against KL, scaled and projected."""
+    from matplotlib.figure import Figure
+
+    kinds = list(rows[0]["retained"])
+    figure = Figure(figsize=(4.2 * len(kinds), 4), layout="constrained")
+    colors = ["#444444", "#0072b2", "#cc79a7", "#d55e00", "#009e73"]
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        lines: dict[str, dict[int, list[Row]]] = {}
+        for row in rows:
+            if row["rank"] in (0, rank):
+                label = ", ".join(cells([row | {"share": {}}])[:2])
+                lines.setdefault(label, {}).setdefault(row["seed"], []).append(row)
+        for color, (label, seeds) in zip(colors, sorted(lines.items(), key=lambda item: "plain" not in item[0])):
+            for i, own in enumerate(seeds.values()):
+                own = sorted(own, key=lambda row: row["scale"])
+                kl, loss = [row["retained"][kind]["kl"] for row in own], [row["loss"] for row in own]
+                axis.plot(kl, loss, "o-", color=color, markersize=3, linewidth=1, label=None if i else label)
+        axis.set(xscale="log", xlabel=f"KL, nats per token: {kind}", title=kind)
+    figure.axes[0].set_ylabel("held-out preference loss")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def read(path: Path) -> list[Row]:
+    with gzip.open(path, "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
+    """All lots in `output_dir` into RAW/retain-NAME.jsonl.gz, shown as a table and drawn."""
+    lots = sorted(
+        path for path in output_dir.glob("*-s*/*.json") if path.name.startswith(("scaled", "rank", "random"))
+    )
+    rows = [row for path in lots for row in json.loads(path.read_text())]
+    if not rows:
+        return []
+    raw.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    with (raw / f"retain-{name}.jsonl.gz").open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=0) as packing:
+        packing.write(text.encode())
+    show(rows, name)
+    draw(rows, output_dir / "retain.png", shown_rank(rows))
+    print(f"Rows: {raw / f'retain-{name}.jsonl.gz'}; picture: {output_dir / 'retain.png'}")
+    return rows
+
+
+def shown_rank(rows: Sequence[Row]) -> int:
+    """12, the default, or else the largest."""
+    ranks = {row["rank"] for row in rows}
+    return 12 if 12 in ranks else max(ranks)
