@@ -1,7 +1,7 @@
 """Rows of `retain` judged: KL at equal held-out preference loss, as a share of what plain's scaled adapter has there.
 
-A row is one point of one adapter: method, seed, rank, scale, control (random K), loss, accuracy, margin, and per kind of
-text `retained` with kl and loss_rise.
+A row is one point of one adapter: method, seed, rank, scale, control (random K), loss, accuracy, margin, and per kind
+of text `retained` with kl and loss_rise.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Row = dict
 def kl_at(rows: Sequence[Row], kind: str, loss: float) -> float | None:
     """KL on texts of a `kind` that an adapter, merely scaled as in `rows` of rank 0, has at a held-out loss.
 
-    Log KL is taken to be linear in the loss between two scales. A loss that no scale reaches counts as the lowest that one
-    does, which favours the scaled adapter. None where the loss is above that of all scales.
+    Log KL is taken to be linear in the loss between two scales. A loss that no scale reaches counts as the lowest that
+    one does, which favours the scaled adapter. None where the loss is above that of all scales.
     """
     lowest = min(row["loss"] for row in rows)
     return scaled_kl(list(rows), kind, max(loss, lowest))
