@@ -81,8 +81,10 @@ def rename_columns(dataset: Dataset | IterableDataset, script_args: NSPO2ScriptA
     names = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them
     for source, target in wanted.items():
         if source not in names:
-            there = f"the dataset has no column {source!r}, it has {', '.join(names)}."
-            raise ValueError(f"`{target}_column`: {there}{nearest(source, names)}")
+            raise ValueError(
+                f"`{target}_column`: the dataset has no column {source!r}, it has {', '.join(names)}."
+                f"{nearest(source, names)}"
+            )
     in_the_way = [target for target in wanted.values() if target in names and target not in wanted]
     moved = {source: target for source, target in wanted.items() if source != target}
     # by way of names that nothing has, since two columns may change places
