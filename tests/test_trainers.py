@@ -1,32 +1,15 @@
-"""KTO, GRPO, reward and SFT trainers with NSPO2, and `attach_nspo2`: real steps, and rank 0 is TRL to the bit."""
+"""KTO, GRPO, reward and SFT trainers with NSPO2, and `attach_nspo2`: rank 0 is bit-identical to TRL."""
 
 import pytest
+import trl
 from conftest import ARGS, FAST_NSPO2, LORA, MODEL, assert_same, configure, figures, losses, trainable
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
-from trl import (
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
 
 import nspo2_trl
 from nspo2_trl import NSPO2Config, NSPO2DPOTrainer, attach_nspo2
 
-KINDS = {
-    "KTO": (KTOTrainer, KTOConfig),
-    "GRPO": (GRPOTrainer, GRPOConfig),
-    "Reward": (RewardTrainer, RewardConfig),
-    "SFT": (SFTTrainer, SFTConfig),
-}
+KINDS = ["KTO", "GRPO", "Reward", "SFT"]
 SAMPLING = {"num_generations": 4, "max_completion_length": 8, "per_device_train_batch_size": 4}
 OPTIONS = {"GRPO": SAMPLING, "RLOO": SAMPLING, "KTO": {"per_device_train_batch_size": 4}}
 TASKS = {"Reward": {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}}
@@ -35,12 +18,8 @@ TASKS = {"Reward": {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}}
 def rows(kind, pairs):
     """The pairs in the shape that the trainer takes."""
     if kind == "KTO":
-        both = [
-            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
-            for row in pairs
-            for name in ("chosen", "rejected")
-        ]
-        return type(pairs).from_list(both)
+        both = [(row["prompt"], row[name], name == "chosen") for row in pairs for name in ("chosen", "rejected")]
+        return type(pairs).from_list([dict(zip(("prompt", "completion", "label"), row)) for row in both])
     if kind == "SFT":
         return pairs.map(lambda row: {"text": row["prompt"] + row["chosen"]}, remove_columns=pairs.column_names)
     return pairs.select_columns(["prompt"]) if kind in ("GRPO", "RLOO") else pairs
@@ -55,9 +34,12 @@ def make(cls, config_cls, kind, pairs, folder, **args):
     options = {"output_dir": str(folder)} | ARGS | {"max_steps": 5} | OPTIONS.get(kind, {}) | args
     extra = {"reward_funcs": letters} if kind in ("GRPO", "RLOO") else {}
     lora = LoraConfig(**LORA | TASKS.get(kind, {}))
-    return cls(
-        MODEL, args=configure(config_cls, **options), train_dataset=rows(kind, pairs), peft_config=lora, **extra
-    )
+    config = configure(config_cls, **options)
+    return cls(MODEL, args=config, train_dataset=rows(kind, pairs), peft_config=lora, **extra)
+
+
+def theirs(kind):
+    return getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
 
 
 def ours(kind):
@@ -66,6 +48,8 @@ def ours(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains_and_filters(kind, pairs, tmp_path, caplog):
+    with pytest.raises(TypeError, match=f"replace `{kind}Config\\(...\\)` by `NSPO2{kind}Config"):
+        make(ours(kind)[0], theirs(kind)[1], kind, pairs, tmp_path)
     trainer = make(*ours(kind), kind, pairs, tmp_path, **FAST_NSPO2, save_strategy="steps", save_steps=5)
     before = trainable(trainer)
     trainer.train()
@@ -84,7 +68,7 @@ def test_trains_and_filters(kind, pairs, tmp_path, caplog):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rank_0_equals_trl(kind, pairs, tmp_path):
-    plain = make(*KINDS[kind], kind, pairs, tmp_path / "plain")
+    plain = make(*theirs(kind), kind, pairs, tmp_path / "plain")
     plain.train()
     trainer = make(*ours(kind), kind, pairs, tmp_path / "ours", nspo2_projection_rank=0, nspo2_update_freq=2)
     trainer.train()
@@ -92,58 +76,40 @@ def test_rank_0_equals_trl(kind, pairs, tmp_path):
     assert_same(trainable(trainer), trainable(plain))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_plain_config_is_refused(kind, pairs, tmp_path):
-    with pytest.raises(TypeError, match=f"replace `{kind}Config\\(...\\)` by `NSPO2{kind}Config"):
-        make(ours(kind)[0], KINDS[kind][1], kind, pairs, tmp_path)
-
-
-def test_attached_trains_as_if_made_so(make_trainer):
-    made = make_trainer()
-    made.train()
-    plain = make_trainer(DPOTrainer)
+def test_attached_trains_and_resumes_as_if_made_so(make_trainer):
     options = {name.removeprefix("nspo2_"): value for name, value in FAST_NSPO2.items()}
-    attached = attach_nspo2(plain, NSPO2Config(strategy="keep", **options))
-    assert attached is plain and isinstance(attached, DPOTrainer)
-    attached.train()
-    assert losses(attached) == losses(made) and figures(attached, "rank") == figures(made, "rank")
-    assert_same(trainable(attached), trainable(made))
 
-
-def test_attached_resumes(make_trainer):
     def attached(**args):
-        return attach_nspo2(make_trainer(DPOTrainer, **args), NSPO2Config(strategy="keep", update_freq=2, min_rank=4))
+        return attach_nspo2(make_trainer(trl.DPOTrainer, max_steps=6, **args), NSPO2Config(strategy="keep", **options))
 
-    whole = attached(save_strategy="steps", save_steps=4)
+    made, whole, rest = make_trainer(max_steps=6), attached(save_strategy="steps", save_steps=4), attached()
+    assert isinstance(whole, trl.DPOTrainer)
+    made.train()
     whole.train()
-    rest = attached(save_strategy="no")
+    assert losses(whole) == losses(made) and figures(whole, "rank") == figures(made, "rank")
+    assert_same(trainable(whole), trainable(made))
     rest.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
     assert_same(trainable(rest), trainable(whole))
 
 
 def test_attach_to_other_trainers(pairs, tmp_path):
-    trainer = attach_nspo2(make(RLOOTrainer, RLOOConfig, "RLOO", pairs, tmp_path), NSPO2Config(update_freq=2))
-    trainer.train()
-    assert figures(trainer, "active")[-1] == 1
-
-    assert "nspo2" in trainer._tag_names
-
-    bare = make(*KINDS["SFT"], "SFT", pairs, tmp_path)
-    plain = Trainer(bare.model, bare.args, bare.data_collator, bare.train_dataset)
-    attach_nspo2(plain, NSPO2Config(update_freq=2)).train()
-    assert figures(plain, "active")[-1] == 1
-
-
-def test_attach_to_a_trainer_that_makes_its_model_later(pairs, tmp_path):
-    parts = make(*KINDS["SFT"], "SFT", pairs, tmp_path)
+    """One of TRL's without a class of ours, and Trainer, which may make its model later."""
 
     def model_init():
         base = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
         return get_peft_model(base, LoraConfig(**LORA))
 
-    plain = Trainer(None, parts.args, parts.data_collator, parts.train_dataset, model_init=model_init)
-    attach_nspo2(plain, NSPO2Config(update_freq=2)).train()
-    assert figures(plain, "active")[-1] == 1
+    parts = make(*theirs("SFT"), "SFT", pairs, tmp_path)
+    common = (parts.args, parts.data_collator, parts.train_dataset)
+    trainers = [
+        make(*theirs("RLOO"), "RLOO", pairs, tmp_path),
+        Trainer(parts.model, *common),
+        Trainer(None, *common, model_init=model_init),
+    ]
+    for trainer in trainers:
+        attach_nspo2(trainer, NSPO2Config(update_freq=2)).train()
+        assert figures(trainer, "active")[-1] == 1
+    assert "nspo2" in trainers[0]._tag_names
 
 
 def test_a_trainer_of_ones_own_with_the_mixin(pairs, tmp_path):
@@ -157,26 +123,22 @@ def test_a_trainer_of_ones_own_with_the_mixin(pairs, tmp_path):
 
 
 def test_other_log_calls_take_no_figures(make_trainer):
+    class Talks(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            trainer.log({"mine": 1.0})
+
     trainer = make_trainer(max_steps=2)
-    trainer.add_callback(Talks(trainer))
+    trainer.add_callback(Talks())
     trainer.train()
     entries = trainer.state.log_history
     assert not any("nspo2/step_time" in entry for entry in entries if "mine" in entry)
     assert all("nspo2/step_time" in entry for entry in entries if "loss" in entry)
 
 
-class Talks(TrainerCallback):
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_end(self, *args, **kwargs):
-        self.trainer.log({"mine": 1.0})
-
-
 def test_attach_refuses(make_trainer):
     with pytest.raises(ValueError, match="has NSPO2 already"):
         attach_nspo2(make_trainer())
-    trainer = make_trainer(DPOTrainer)
+    trainer = make_trainer(trl.DPOTrainer)
     for p in trainer.model.parameters():
         p.requires_grad = False
     with pytest.raises(ValueError, match="No trainable LoRA adapter"):
