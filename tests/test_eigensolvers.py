@@ -1,3 +1,5 @@
+"""Top eigenpairs: three ways, against the explicit covariance, and where numbers are large, small or bad."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,22 +10,22 @@ from nspo2_trl.engine.eigensolvers import EXACT_MAX_DIM, EigSolver, eigh
 METHODS = ["gram", "exact", "randomized"]
 
 
-def solve(method, rows, weights, k):
+def solve(method, rows, k, weights=None):
     stack = rows.clone()
-    values = EigSolver(method).solve_(stack, weights, k)
+    values = EigSolver(method).solve_(stack, torch.ones_like(rows[..., 0]) if weights is None else weights, k)
     return values, stack[:, :k]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 10_000), blocks=st.integers(1, 3), n=st.integers(6, 20), dim=st.integers(6, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_equals_eigh_of_the_explicit_covariance(method, seed, blocks, n, dim):
     k = 4
     generator = torch.Generator().manual_seed(seed)
     scales = torch.logspace(1, -1, dim, dtype=torch.float64)
     rows = torch.randn(blocks, n, dim, generator=generator, dtype=torch.float64) * scales
     weights = torch.rand(blocks, n, generator=generator, dtype=torch.float64) + 0.5
-    values, basis = solve(method, rows, weights, k)
+    values, basis = solve(method, rows, k, weights)
     weighted = rows * weights[:, :, None]
     expected, vectors = torch.linalg.eigh(weighted.mT @ weighted)
     expected = expected.flip(-1)[:, :k]
@@ -34,12 +36,11 @@ def test_equals_eigh_of_the_explicit_covariance(method, seed, blocks, n, dim):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_agree_in_float32(method):
+def test_float32_is_enough(method):
     torch.manual_seed(0)
     rows = torch.randn(3, 12, 30) * torch.linspace(3, 0.1, 30)
-    weights = torch.ones(3, 12)
-    values, basis = solve(method, rows, weights, 5)
-    reference, expected = solve("exact", rows.double(), weights.double(), 5)
+    values, basis = solve(method, rows, 5)
+    reference, expected = solve("exact", rows.double(), 5)
     assert torch.allclose(values.double(), reference, rtol=1e-3)
     assert torch.allclose(basis.mT @ basis, (expected.mT @ expected).float(), atol=2e-2)
 
@@ -49,7 +50,7 @@ def test_fewer_directions_than_asked_gives_zero_rows(method):
     torch.manual_seed(0)
     rows = torch.zeros(2, 8, 20)
     rows[0, :3] = torch.randn(3, 20)  # rank 3; block 1 has no direction at all
-    values, basis = solve(method, rows, torch.ones(2, 8), 6)
+    values, basis = solve(method, rows, 6)
     assert torch.equal((values > 0).sum(1), torch.tensor([3, 0]))
     assert torch.allclose(basis[0, :3] @ basis[0, :3].T, torch.eye(3), atol=1e-5)
     assert basis[0, 3:].abs().max() == 0 and basis[1].abs().max() == 0
@@ -59,7 +60,7 @@ def test_fewer_directions_than_asked_gives_zero_rows(method):
 def test_orthonormal_when_eigenvalues_span_many_orders(method):
     torch.manual_seed(0)
     rows = torch.linalg.qr(torch.randn(1, 200, 16)).Q.mT * torch.logspace(0, -2.9, 16)[:, None]
-    _, basis = solve(method, rows.contiguous(), torch.ones(1, 16), 16)
+    _, basis = solve(method, rows.contiguous(), 16)
     assert (basis @ basis.mT - torch.eye(16)).abs().max() < 1e-4
 
 
@@ -67,8 +68,8 @@ def test_orthonormal_when_eigenvalues_span_many_orders(method):
 def test_scale_does_not_matter(scale):
     torch.manual_seed(0)
     rows = torch.randn(2, 10, 30)
-    values, basis = solve("gram", rows, torch.ones(2, 10), 4)
-    scaled_values, scaled = solve("gram", rows * scale, torch.ones(2, 10), 4)
+    values, basis = solve("gram", rows, 4)
+    scaled_values, scaled = solve("gram", rows * scale, 4)
     assert torch.allclose(scaled_values / scale**2, values, rtol=1e-3)
     assert torch.allclose(scaled.mT @ scaled, basis.mT @ basis, atol=1e-4)
 
@@ -76,26 +77,24 @@ def test_scale_does_not_matter(scale):
 def test_one_bad_block_does_not_touch_the_others():
     torch.manual_seed(0)
     rows = torch.randn(3, 10, 30)
-    expected_values, expected = solve("gram", rows, torch.ones(3, 10), 4)
+    expected_values, expected = solve("gram", rows, 4)
     rows[1] = 3e30  # its Gram matrix overflows
-    values, basis = solve("gram", rows, torch.ones(3, 10), 4)
+    values, basis = solve("gram", rows, 4)
     assert values[1].abs().max() == 0 and basis[1].abs().max() == 0
-    for block in (0, 2):
-        assert torch.allclose(values[block], expected_values[block])
-        assert torch.allclose(basis[block], expected[block])
+    assert torch.allclose(values[::2], expected_values[::2]) and torch.allclose(basis[::2], expected[::2])
 
 
 def test_randomized_leaves_the_global_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    solve("randomized", torch.ones(1, 5, 7), torch.ones(1, 5), 2)
+    solve("randomized", torch.ones(1, 5, 7), 2)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_exact_refuses_large_blocks():
     with pytest.raises(ValueError, match="eigensolver='gram'"):
-        solve("exact", torch.zeros(1, 3, EXACT_MAX_DIM + 1), torch.ones(1, 3), 2)
+        solve("exact", torch.zeros(1, 3, EXACT_MAX_DIM + 1), 2)
 
 
 def test_singular_matrix_that_makes_float32_lapack_underflow():
