@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import assert_same, figures, losses, trainable
+from peft import AdaLoraConfig, LoraConfig
 from retained import SHORT, sentences, tokenizer
 from test_scripts import command
 from trl import DPOTrainer
@@ -231,3 +233,60 @@ def test_the_card_of_texts_that_were_only_measured(make_trainer, tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "out/README.md").read_text()
     assert "Only measured, nothing was done to retain them." in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"model_init_kwargs": {"dtype": "bfloat16"}}])
+def test_in_bfloat16(make_trainer, options):
+    trainer = make(make_trainer, max_steps=4, **options)
+    trainer.train()
+    found = figures(trainer, "retain_kl")
+    assert all(0 <= value < 0.1 for value in found) and found[-1] > 0 and trainer.nspo2_retain_projected
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer):
+    found = []
+    for checkpointing in (False, True):
+        trainer = make(make_trainer, max_steps=4, gradient_checkpointing=checkpointing)
+        trainer.train()
+        found.append((losses(trainer), trainable(trainer)))
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"use_dora": True}, "DoRA's magnitude (21)"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save (7)"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on embeddings (1)"),
+        ({}, None),
+    ],
+)
+def test_what_the_projection_does_not_reach_is_said_once(make_trainer, caplog, lora, words):
+    trainer = make_trainer(lora=LINEAR | lora, trainer={"retain_dataset": sentences()}, max_steps=2)
+    trainer.train()
+    said = [record.getMessage() for record in caplog.records if "does not reach" in record.getMessage()]
+    assert len(said) == (words is not None) and all(words in message for message in said)
+
+
+OTHER_KINDS = [
+    (AdaLoraConfig(r=4, target_modules=["q_proj"], total_step=8, task_type="CAUSAL_LM"), "only LoRA adapters can be"),
+    (LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.down_proj.weight"]), "LoRA on single parameters"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), OTHER_KINDS)
+def test_adapters_that_cannot_be_projected_are_refused(make_trainer, config, words):
+    with pytest.raises(ValueError, match=words):
+        make(make_trainer, trainer={"peft_config": config})
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_trained_adapter_is_refused_where_it_is_sharded(make_trainer, monkeypatch, kind):
+    trainer = make_trainer(lora=LINEAR)
+    for name, param in trainer.model.named_parameters():
+        if "lora_B" in name:
+            param.data.fill_(0.1)
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "distributed_type", DistributedType[kind])
+    with pytest.raises(ValueError, match="an adapter that was trained before .* launch with DDP"):
+        trainer._nspo2_setup(sentences())

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from conftest import ARGS, FAST_NSPO2, LORA, MODEL, ROOT, configure, losses
 from datasets import load_dataset
 from peft import LoraConfig
+from retained import adapted, sentences
 from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -103,6 +104,9 @@ def train(out: str, resume: str | None = None, **options) -> dict:
     processes, nan_rank, kill_after = args.pop("processes"), args.pop("nan_rank", None), args.pop("kill_after", None)
     unreadable_on, full_disk_on = args.pop("unreadable_on", None), args.pop("full_disk_on", None)
     fsdp, lora = args.pop("fsdp", False), LORA | args.pop("lora", {})
+    trained_before, extra = args.pop("trained_before", False), {}
+    if args.pop("retain", False):
+        extra["retain_dataset"] = sentences()
     if fsdp:
         os.environ.update(FSDP2)
     trainer_class, config_class = NSPO2DPOTrainer, NSPO2DPOConfig
@@ -131,7 +135,11 @@ def train(out: str, resume: str | None = None, **options) -> dict:
     if fsdp:  # Accelerate shards on accelerators only, so a CPU has to pass for one
         config.device  # noqa: B018 (makes the state)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = Run(MODEL, args=config, train_dataset=data, peft_config=LoraConfig(**lora))
+    if trained_before:
+        model = adapted(**lora)
+    else:
+        model, extra["peft_config"] = MODEL, LoraConfig(**lora)
+    trainer = Run(model, args=config, train_dataset=data, **extra)
     assert trainer.accelerator.num_processes == processes, trainer.accelerator.num_processes
     assert trainer.is_fsdp_enabled == fsdp
     if unreadable_on == config.process_index:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
+from ..layout.roles import unprotected
 from ..projections.protocol import Projection
 from ..retain_config import RetainConfig
 from .options import retain_options
 from .retain import Texts
-from .retaining import Retained
+from .retaining import Retained, adds
 from .timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class RetainMixin(_BaseTrainer):
                 "`nspo2_retain_dataset` needs a LoRA adapter, whose base is the frozen model: pass `peft_config` "
                 "(in a recipe `use_peft: true`)."
             )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and adds(model):
+            raise ValueError(
+                "`nspo2_retain_dataset` with an adapter that was trained before needs the adapter as it was on each "
+                "process, which FSDP2 and DeepSpeed shard: launch with DDP, or merge the adapter into the base model."
+            )
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.nspo2_retained = Retained(model, dataset, tokenizer, config, str(args.output_dir), args.seed)
         self.nspo2_retained.refuse_pairs(self.train_dataset)
@@ -60,6 +66,12 @@ class RetainMixin(_BaseTrainer):
             return
         if not self.nspo2_retained.writes_tokens and config.kl:
             logger.warning("A reward model has no next-token distribution: there is no KL term, only the projection.")
+        missed = unprotected(model, model.active_adapters[0]) if config.project != "no" else {}
+        if missed and self.is_world_process_zero():
+            kinds = ", ".join(f"{kind} ({len(names)})" for kind, names in missed.items())
+            logger.warning(
+                "The projection for retained texts does not reach, so not protect, these parameters: %s.", kinds
+            )
         if config.project == "during" and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("`nspo2_retain_project='during'` does not work with DeepSpeed: set it to 'after'.")
 

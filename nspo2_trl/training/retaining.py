@@ -118,10 +118,12 @@ def frozen_state(model: PeftModel) -> Frozen | None:
     That is so where the adapter adds nothing yet. Where a trained adapter is trained on, it is the adapter as it is
     now, of which a copy is kept.
     """
-    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    if not any(_adds(name, param) for name, param in trained.items()):
-        return None
-    return swapped(list(trained.values()))
+    return swapped([param for param in model.parameters() if param.requires_grad]) if adds(model) else None
+
+
+def adds(model: PeftModel) -> bool:
+    """Whether what is trained changes the base model already: a trained adapter is trained on."""
+    return any(_adds(name, param) for name, param in model.named_parameters() if param.requires_grad)
 
 
 def _adds(name: str, param: torch.Tensor) -> bool:
