@@ -155,6 +155,8 @@ def train(out: str, resume: str | None = None, **options) -> dict:
         return {"errors": errors_of_all(trainer.train)}
     trainer.train(resume_from_checkpoint=resume)
     sent = dict(sent)
+    if trainer_class is NSPO2DPOTrainer and trainer.nspo2_retained is not None:
+        trainer.save_model()
     skipped = trainer.nspo2.skipped_steps if getattr(trainer, "nspo2", None) else 0
     params = {name: whole(p).detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
     mine = torch.cat([p.flatten() for p in params.values()])

@@ -37,6 +37,7 @@ class RetainMixin(_BaseTrainer):
     loss_is_scaled_for_ga: Any
     nspo2_retained: Retained | None = None
     nspo2_projections: Sequence[Projection]
+    _nspo2_save_sharded: Any
     nspo2_retain_projected: bool = False
     _nspo2_retain_sums: tuple[Any, int] = 0.0, 0  # of KL, micro-batches
 
@@ -135,7 +136,9 @@ class RetainMixin(_BaseTrainer):
         retained = self.nspo2_retained
         if retained is None or not self.args.nspo2_enabled or retained.config.project != "after":
             return
-        self.save_model(os.path.join(str(self.args.output_dir), UNPROJECTED), _internal_call=True)
+        folder = os.path.join(str(self.args.output_dir), UNPROJECTED)
+        self._nspo2_save_sharded(folder)
+        self.save_model(folder, _internal_call=True)
         before = retained.measure()
         for projection in self.nspo2_projections:
             projection.end()

@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..projections.protocol import Projection
 from .checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, first_line, half_saved, last_whole, refuse_half
@@ -40,6 +41,18 @@ class SavingMixin(_BaseTrainer):
         elif resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
             refuse_half(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:  # (checkpoints have the shards)
+            self._nspo2_save_sharded(output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _nspo2_save_sharded(self, output_dir: str | None) -> None:
+        """Write the adapter under FSDP2 with sharded state dicts, where Trainer writes none."""
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            model: Any = self.model
+            self._save(output_dir, state_dict=get_model_state_dict(model, options=options))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
