@@ -6,7 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
-from . import pictures, variance_tables
+from . import pictures, retain_judge, variance_tables
 from .grid import read
 from .methods import WORDS
 from .stats import interval
@@ -99,5 +99,7 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts["variance"]]
     lines += ["## What it does to training", "", READING, *parts["convergence"]]
+    kept, drawn = retain_judge.section(raw, docs)
+    lines, paths = [*lines, "", *kept], [*paths, *drawn]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
     return [fill(docs / "results.md", "Results", lines), *paths]

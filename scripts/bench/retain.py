@@ -50,6 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "benchmark.py retain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = found.add_argument
+    add("--name", default="quickstart", help="of the study: the raw file is retain-NAME.jsonl.gz")
     add("--model", default=str(ROOT / "recipes/quickstart/model"), help="folder of a model")
     add("--pairs", default=str(ROOT / "recipes/quickstart/data"), help="preference pairs with the splits train, test")
     add("--retain", nargs="*", default=[], help="texts that the method is given; English prose if left out")
@@ -204,7 +205,7 @@ def run(argv: list[str]) -> int:
                         rows = meter.measure(folder, seed, lot, points)
                         path.write_text(json.dumps([{"method": name_of(weight), "seed": seed} | row for row in rows]))
                         print(f"{time.strftime('%H:%M')} measured: {path}", flush=True)
-            retain_judge.finish(options.output_dir, options.raw or options.output_dir, Path(options.model).name)
+            retain_judge.finish(options.output_dir, options.raw or options.output_dir, options.name)
     return 0
 
 

@@ -17,7 +17,17 @@ from rich.table import Table
 
 from nspo2_trl.cli.frontier import scaled_kl
 
+from .tables import line
+
 Row = dict
+READING = """- One line a setting. KL is that of the model with the adapter from the model without, in nats per token: the
+  median over seeds. After it its share of what plain's adapter has, merely scaled to the same held-out preference
+  loss, of the same seed: the median over seeds, and the range.
+- Between the scales measured, plain's log KL is taken to be linear in its loss. A loss below all of them counts as the
+  lowest. No share is given where the loss is above all of them.
+- Texts given to the method: other pages of the `prose`. The other kinds were never given. Seeds differ in the order
+  of the pairs and the start of LoRA, not in what is measured on.
+- Random: as many random orthonormal directions taken out of each input, a control."""
 
 
 def kl_at(rows: Sequence[Row], kind: str, loss: float) -> float | None:
@@ -91,6 +101,19 @@ def cells(group: Sequence[Row]) -> list[str]:
 
 def head(rows: Sequence[Row]) -> list[str]:
     return ["training", "taken out", "scale", "seeds", "held-out loss", *rows[0]["retained"]]
+
+
+def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
+    """The part of the page that the files RAW/retain-*.jsonl.gz make, and the pictures that are drawn for it."""
+    lines, paths = [], []
+    for path in sorted(raw.glob("retain-*.jsonl.gz")):
+        rows, name = read(path), path.name.removeprefix("retain-").removesuffix(".jsonl.gz")
+        paths.append(docs / f"retain_{name}.png")
+        draw(rows, paths[-1], shown_rank(rows))
+        lines += ["", f"### {name}", "", line(head(rows)), "|---" * len(head(rows)) + "|"]
+        lines += [line(cells(group)) for group in settings(judge(rows))]
+        lines += ["", f"![{name}: held-out preference loss against KL, by kind of text]({paths[-1].name})"]
+    return ["## What it forgets", "", READING, *lines, ""] if lines else [], paths
 
 
 def show(rows: Sequence[Row], title: str) -> None:

@@ -1,0 +1,158 @@
+"""scripts/bench/retain: the judge on frontiers made by hand, and a study of the quick start's model, tiny."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from bench import retain, retain_judge, retain_texts
+
+from nspo2_trl.projections.retain.collect import InputSpace
+
+MODEL = str(ROOT / "recipes/quickstart/model")
+KINDS = ("prose", "python")
+
+
+def row(method="plain", seed=0, rank=0, scale=1.0, loss=0.5, kl=0.1, control=False):
+    figures = {kind: {"kl": kl, "loss_rise": kl} for kind in KINDS}
+    same = {"form": "hard", "accuracy": 0.5, "margin": 0.0}
+    return {"method": method, "seed": seed, "rank": rank, "scale": scale, "control": control, "loss": loss} | (
+        same | {"retained": figures}
+    )
+
+
+def frontier(seed=0, factor=1.0):
+    """Plain's adapter at three scales: KL = factor · exp(-10 · loss)."""
+    losses = {1.0: 0.4, 0.7: 0.5, 0.4: 0.7}
+    return [row(seed=seed, scale=s, loss=loss, kl=factor * math.exp(-10 * loss)) for s, loss in losses.items()]
+
+
+@pytest.mark.parametrize("loss", [0.4, 0.43, 0.5, 0.61, 0.7])
+def test_log_kl_is_interpolated_in_the_loss(loss):
+    assert retain_judge.kl_at(frontier(), "prose", loss) == pytest.approx(math.exp(-10 * loss))
+
+
+def test_outside_of_the_frontier():
+    assert retain_judge.kl_at(frontier(), "prose", 0.3) == pytest.approx(math.exp(-4))  # not extrapolated
+    assert retain_judge.kl_at(frontier(), "prose", 0.71) is None
+
+
+def test_the_rival_is_taken_at_its_best_where_two_scales_have_one_loss():
+    bent = [*frontier(), row(scale=1.5, loss=0.45, kl=1.0)]
+    assert retain_judge.kl_at(bent, "prose", 0.45) == pytest.approx(math.exp(-4.5))
+
+
+def test_shares_are_paired_by_seed():
+    rows = [*frontier(0), *frontier(1, factor=10)]
+    rows += [row(seed=seed, rank=12, loss=0.6, kl=0.3 * math.exp(-6)) for seed in (0, 1)]
+    rows.append(row("kl2", seed=0, loss=0.9))
+    rows.append(row("kl2", seed=2, loss=0.5))  # plain has no such seed
+    shares = {(r["method"], r["seed"], r["rank"], r["scale"]): r["share"] for r in retain_judge.judge(rows)}
+    assert shares["plain", 0, 12, 1.0] == pytest.approx(dict.fromkeys(KINDS, 0.3))
+    assert shares["plain", 1, 12, 1.0] == pytest.approx(dict.fromkeys(KINDS, 0.03))
+    assert shares["plain", 1, 0, 0.7] == pytest.approx(dict.fromkeys(KINDS, 1.0))
+    assert shares["kl2", 0, 0, 1.0] == dict.fromkeys(KINDS) and shares["kl2", 2, 0, 1.0] == {}
+
+
+def test_lines_have_median_and_range_and_keep_controls_apart():
+    rows = [row_ for seed in range(3) for row_ in frontier(seed)]
+    rows += [row(seed=s, rank=12, loss=0.6, kl=f * math.exp(-6)) for s, f in enumerate((0.1, 0.4, 0.2))]
+    rows += [row(seed=s, rank=12, loss=0.6, kl=math.exp(-6), control=True) for s in range(3)]
+    lines = [retain_judge.cells(group) for group in retain_judge.settings(retain_judge.judge(rows))]
+    assert len(lines) == 5 and all(line[3] == "3" for line in lines)
+    ours, control = (line for line in lines if line[1].startswith("12"))
+    assert ours[1] == "12 directions" and ours[-1].endswith(", 0.20 [0.10, 0.40]")
+    assert control[1] == "12 random" and control[-1].endswith(", 1.00 [1.00, 1.00]")
+
+
+def test_a_scale_is_chosen_by_loss_alone():
+    rows = [row(rank=12, scale=1.0, loss=0.6, kl=0.001), row(rank=12, scale=1.5, loss=0.5, kl=0.1)]
+    assert [group[0]["scale"] for group in retain_judge.lowest_loss(retain_judge.settings(rows))] == [1.5]
+
+
+def test_pairs_keep_the_prompts_end_and_the_answers_beginnings():
+    pair = {"prompt_ids": list(range(100)), "chosen_ids": list(range(50)), "rejected_ids": [7]}
+    short = retain.cut(pair)
+    assert short["prompt_ids"] == list(range(52, 100))
+    assert short["chosen_ids"] == list(range(40)) and short["rejected_ids"] == [7]
+
+
+def test_random_directions_are_as_many_and_others():
+    own = InputSpace(["a", "b"], torch.eye(20)[:, :4], torch.ones(4), torch.ones(4))
+    first, second = retain.random_spaces([own, own], seed=5)
+    assert first.modules == own.modules and first.vectors.shape == (20, 4)
+    torch.testing.assert_close(first.vectors.T @ first.vectors, torch.eye(4))
+    assert not torch.allclose(first.vectors, second.vectors)
+    assert torch.equal(retain.random_spaces([own], seed=5)[0].vectors, first.vectors)
+
+
+def test_what_is_measured_on_is_not_what_is_given(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    measured = retain_texts.domains([], tokenizer, 32, 6)
+    assert list(measured) == ["prose", "python", "arithmetic", "chat"]
+    assert {len(ids) for name in ("prose", "python", "arithmetic") for ids in measured[name]} == {32}
+    given = retain_texts.given_texts([], tokenizer, 32)
+    assert len(given) == retain_texts.GIVEN_CHUNKS
+    assert not set(given) & {tokenizer.decode(ids) for ids in measured["prose"]}
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Finn had {i} apples and a hat."}) + "\n" for i in range(10)))
+    given = retain_texts.given_texts([str(path)], tokenizer, 32)
+    held = [tokenizer.decode(ids) for ids in retain_texts.domains([str(path)], tokenizer, 32, 6)["prose"]]
+    assert (len(given), len(held)) == (8, 2) and not set(given) & set(held)
+
+
+def test_sums_are_right():
+    lines = retain_texts.arithmetic()[0].splitlines()
+    assert all(eval(line.split("=")[0]) == int(line.split("=")[1]) for line in lines) and len(lines) == 2000
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retain")
+    small = "--seeds 0 --steps 5 --learning_rate 4e-3 --ranks 3 --scales 1.2 --held_out 6 --chunks 2 --name tiny"
+    argv = [*small.split(), "--output_dir", str(folder)]
+    assert retain.run(argv) == 0
+    return argv, folder
+
+
+def test_a_study_has_all_rows_table_and_picture(study, capsys):
+    argv, folder = study
+    rows = retain_judge.read(folder / "retain-tiny.jsonl.gz")
+    assert len(rows) == 2 * (len(retain.ALONE) + 2) and (folder / "retain.png").stat().st_size > 1000
+    assert {(r["method"], r["rank"], r["control"]) for r in rows} == {
+        (method, *point) for method in ("plain", "kl2") for point in ((0, False), (3, False), (3, True))
+    }
+    assert all(figures["kl"] > 0 for r in rows for figures in r["retained"].values())
+    runs = {name: json.loads((folder / name / "run.json").read_text()) for name in ("plain-s0", "kl2-s0")}
+    assert runs["plain-s0"]["losses"][0] == pytest.approx(math.log(2))
+    assert runs["plain-s0"]["retain_ms"] is None and runs["kl2-s0"]["retain_ms"] > 0
+    assert runs["plain-s0"]["losses"] != runs["kl2-s0"]["losses"]
+    retain_judge.show(rows, "tiny")
+    assert "only scaled" in capsys.readouterr().out
+
+
+def test_finished_cells_are_skipped_and_missing_ones_made_again(study):
+    argv, folder = study
+    trained, lot = folder / "plain-s0/run.json", folder / "plain-s0/rank3.json"
+    before, rows = trained.stat().st_mtime_ns, json.loads(lot.read_text())
+    lot.unlink()
+    retain.run(argv)
+    assert trained.stat().st_mtime_ns == before
+    again = json.loads(lot.read_text())
+    assert again[0]["loss"] == pytest.approx(rows[0]["loss"], abs=1e-6)
+    with pytest.raises(SystemExit, match="--steps 5"):
+        retain.run([*argv, "--steps", "6"])
+
+
+def test_a_page_is_made_of_the_raw_file_alone(study, tmp_path):
+    _, folder = study
+    lines, pictures = retain_judge.section(folder, tmp_path)
+    assert "### tiny" in lines and pictures == [tmp_path / "retain_tiny.png"] and pictures[0].exists()
+    assert sum(line.startswith("| plain | only scaled") for line in lines) == len(retain.ALONE)
+    assert retain_judge.section(tmp_path, tmp_path) == ([], [])
