@@ -99,7 +99,7 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts["variance"]]
     lines += ["## What it does to training", "", READING, *parts["convergence"]]
-    kept, drawn = retain_judge.section(raw, docs)
-    lines, paths = [*lines, "", *kept], [*paths, *drawn]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
+    forgotten, drawn = retain_judge.section(raw, docs)
+    lines, paths = [*lines, *forgotten], [*paths, *drawn]
     return [fill(docs / "results.md", "Results", lines), *paths]

@@ -17,12 +17,10 @@ from rich.table import Table
 
 from nspo2_trl.cli.frontier import scaled_kl
 
-from .tables import line
-
 Row = dict
-READING = """- One line a setting. KL is that of the model with the adapter from the model without, in nats per token: the
-  median over seeds. After it its share of what plain's adapter has, merely scaled to the same held-out preference
-  loss, of the same seed: the median over seeds, and the range.
+READING = """- One line a setting. KL(model without the adapter ‖ with it) is in nats per token, the median over
+  seeds. After it its share of what plain's adapter of the same seed has, merely scaled to the same held-out
+  preference loss: the median over seeds, and the range.
 - Between the scales measured, plain's log KL is taken to be linear in its loss. A loss below all of them counts as the
   lowest. No share is given where the loss is above all of them.
 - Texts given to the method: other pages of the `prose`. The other kinds were never given. Seeds differ in the order
@@ -97,6 +95,10 @@ def cells(group: Sequence[Row]) -> list[str]:
             text += f" [{min(shares):.2f}, {max(shares):.2f}]" if len(shares) > 1 else ""
         found.append(text)
     return found
+
+
+def line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 def head(rows: Sequence[Row]) -> list[str]:
