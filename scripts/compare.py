@@ -72,6 +72,7 @@ def recipe(method: str, seed: int, options: list[str], folder: Path) -> runs.Run
     extra = ["--seed", str(seed), "--output_dir", str(folder / f"{method}-{seed}"), "--save_strategy", "no"]
     extra += ["--nspo2_enabled", "false"] if method == "plain" else ["--nspo2_strategy", method]
     parsed = parse([*options, *extra])
+    parsed[1].nspo2_retain_dataset = None  # what is compared is filters
     parsed[1].eval_on_start = parsed[1].eval_strategy != "no"
     trainer = build(*parsed)
     trainer.train()

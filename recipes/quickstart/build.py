@@ -3,7 +3,8 @@
 A small grammar writes very short stories. From them this script trains a byte-level BPE tokenizer and a Llama model
 of a few hundred thousand parameters, then lets the model write two continuations for each of many new prompts. Each
 continuation gets a *gold score*, its number of kind words less its number of unkind words, and the one with the
-higher score becomes the chosen answer of a preference pair.
+higher score becomes the chosen answer of a preference pair. At last the model learns a second skill that no pair is
+about, sums of small numbers (sums.py), along with more stories.
 
 The training split is noisy on purpose: in 10 % of its rows, drawn at random, chosen and rejected are swapped, so
 there `score_chosen` is below `score_rejected`. The test split keeps the true labels, and shares no prompt with the
@@ -11,8 +12,9 @@ training split.
 
     python recipes/quickstart/build.py --out DIR [--seed 0] [--force]
 
-writes DIR/model (weights, configuration, tokenizer) and DIR/data (train.jsonl.gz, test.jsonl.gz). The same seed
-gives the same files on the same machine and library versions.
+writes DIR/model (weights, configuration, tokenizer), DIR/data (train.jsonl.gz, test.jsonl.gz) and DIR/texts
+(sums.jsonl.gz to retain; sums_test.jsonl.gz and stories_test.jsonl.gz, held out). The same seed gives the same files
+on the same machine and library versions.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import time
 from pathlib import Path
 
 import torch
+from sums import right, split_pairs, write_sums
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -39,6 +42,7 @@ def items(text: str) -> list[str]:
 STORIES, STEPS, BATCH, LEARNING_RATE = 40_000, 3_500, 32, 4e-3
 VOCAB_SIZE, MAX_NEW_TOKENS = 768, 72
 TRAIN_PAIRS, TEST_PAIRS, FLIPPED = 4_000, 500, 0.10
+SUMS, STEPS_WITH_SUMS, RETAINED_TEXTS, TEST_TEXTS = 10_000, 700, 256, 200
 
 # The words that count for and against a text.
 KIND_WORDS = frozenset(
@@ -129,6 +133,11 @@ def write_story(rng: random.Random) -> tuple[list[str], list[str]]:
     return opening, [sentence(rng.choice(LEADS) + rng.choice(EVENTS[kind])) for kind in kinds]
 
 
+def whole_stories(rng: random.Random, number: int) -> list[str]:
+    """Draw stories, each as one text."""
+    return [" ".join(opening + events) for opening, events in (write_story(rng) for _ in range(number))]
+
+
 def write_prompt(rng: random.Random) -> str:
     """Draw the beginning of a story; four in ten go one to three words into the first event."""
     opening, events = write_story(rng)
@@ -183,8 +192,8 @@ def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, padding_side="left")
 
 
-def train_model(tokenizer: PreTrainedTokenizerFast, stories: list[str], rng: random.Random) -> LlamaForCausalLM:
-    """Train a small Llama on whole stories, with AdamW and a cosine schedule."""
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A small Llama that knows nothing yet."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -197,11 +206,17 @@ def train_model(tokenizer: PreTrainedTokenizerFast, stories: list[str], rng: ran
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
-    rows = [torch.tensor(ids + [tokenizer.eos_token_id]) for ids in tokenizer(stories)["input_ids"]]
+    return LlamaForCausalLM(config)
+
+
+def fit(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, rng: random.Random
+) -> LlamaForCausalLM:
+    """Train a model on whole texts, with AdamW and a cosine schedule."""
+    rows = [torch.tensor(ids + [tokenizer.eos_token_id]) for ids in tokenizer(texts)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
-    progress = tqdm(range(STEPS), desc="training the model")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    progress = tqdm(range(steps), desc="training the model")
     for step in progress:
         batch = rng.sample(rows, BATCH)
         ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -216,6 +231,23 @@ def train_model(tokenizer: PreTrainedTokenizerFast, stories: list[str], rng: ran
     # Sample from the plain distribution unless told otherwise.
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     return model.eval()
+
+
+def teach_sums(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, folder: Path) -> None:
+    """Train the model further, on sums and stories by halves, and write the texts to retain and those held out."""
+    rng = random.Random(seed)
+    retained, held_out = split_pairs(rng)
+    texts = whole_stories(rng, SUMS) + [write_sums(rng, retained + held_out) for _ in range(SUMS)]
+    fit(model, tokenizer, texts, STEPS_WITH_SUMS, rng)
+    written = {
+        "sums": [write_sums(rng, retained) for _ in range(RETAINED_TEXTS)],
+        "sums_test": [write_sums(rng, held_out) for _ in range(TEST_TEXTS)],
+        "stories_test": whole_stories(rng, TEST_TEXTS),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in written.items():
+        write_rows(folder / f"{name}.jsonl.gz", [{"text": line} for line in lines])
+    print(f"right sums: {right(model, tokenizer, written['sums_test']):.3f}")
 
 
 @torch.no_grad()
@@ -271,19 +303,19 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     """Build the model and the data."""
     parser = argparse.ArgumentParser(description="Make the model and the preference data of the quick start.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="where model/ and data/ go")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="where the three folders go")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="overwrite model/ and data/ if they are there")
+    parser.add_argument("--force", action="store_true", help="overwrite these folders if they are there")
     args = parser.parse_args()
-    model_dir, data_dir = args.out / "model", args.out / "data"
-    if not args.force and (model_dir.exists() or data_dir.exists()):
-        sys.exit(f"{args.out} already holds model/ or data/; pass --force to overwrite them.")
+    model_dir, data_dir, texts_dir = folders = [args.out / name for name in ("model", "data", "texts")]
+    if not args.force and any(folder.exists() for folder in folders):
+        sys.exit(f"{args.out} already holds model/, data/ or texts/; pass --force to overwrite them.")
 
     began, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)
-    stories = [" ".join(opening + events) for opening, events in (write_story(rng) for _ in range(STORIES))]
+    stories = whole_stories(rng, STORIES)
     tokenizer = train_tokenizer(stories)
-    model = train_model(tokenizer, stories, rng)
+    model = fit(new_model(tokenizer), tokenizer, stories, STEPS, rng)
     print(f"parameters: {model.num_parameters():,}; trained after {time.time() - began:.0f} s")
     tokenizer.save_pretrained(model_dir)
     model.to(torch.bfloat16).save_pretrained(model_dir)
@@ -295,7 +327,11 @@ def main() -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     write_rows(data_dir / "train.jsonl.gz", train)
     write_rows(data_dir / "test.jsonl.gz", test)
-    print(f"wrote {len(train)} training and {len(test)} test pairs to {data_dir} in {time.time() - began:.0f} s")
+    print(f"wrote {len(train)} training and {len(test)} test pairs to {data_dir}")
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    teach_sums(model, tokenizer, args.seed, texts_dir)
+    model.to(torch.bfloat16).save_pretrained(model_dir)
+    print(f"all done in {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Loads the quick start's base model and a LoRA adapter trained on it, lets both continue the same prompts of the test
 split at temperature 1 from the same seed, and prints the mean gold score of each with its standard error, which share
 of their sentences the grammar could have written, which share of their names and things the prompt has, and a few of
-the continuations.
+the continuations. Both also do sums, which no pair is about, and whose numbers no retained text has together.
 
     python recipes/quickstart/score.py ADAPTER_DIR [--num_prompts 200] [--seed 0]
 """
@@ -18,7 +18,14 @@ from pathlib import Path
 import torch
 from build import gold_score, remembered, sample, well_formed
 from peft import PeftModel
+from sums import right
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a gzipped file of JSON lines."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def main() -> None:
@@ -31,17 +38,18 @@ def main() -> None:
     if not (args.adapter_dir / "adapter_config.json").is_file():
         sys.exit(f"{args.adapter_dir} holds no LoRA adapter: it has no adapter_config.json.")
 
-    with gzip.open(here / "data" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
-        prompts = [json.loads(line)["prompt"] for line in file][: args.num_prompts]
+    prompts = [row["prompt"] for row in read(here / "data/test.jsonl.gz")][: args.num_prompts]
+    sums = [row["text"] for row in read(here / "texts/sums_test.jsonl.gz")]
     tokenizer = AutoTokenizer.from_pretrained(here / "model")
     model = AutoModelForCausalLM.from_pretrained(here / "model", dtype=torch.float32).eval()
 
-    samples = {}
+    samples, able = {}, []
     for name in ("before", "after"):
         if name == "after":
             model = PeftModel.from_pretrained(model, args.adapter_dir).eval()
         torch.manual_seed(args.seed)
         samples[name] = sample(model, tokenizer, prompts, desc=f"sampling {name}")
+        able.append(right(model, tokenizer, sums))
 
     print(f"\n{'':8}{'mean gold score':>16}{'standard error':>16}{'samples':>9}{'grammar':>9}{'memory':>8}")
     for name, texts in samples.items():
@@ -57,6 +65,7 @@ def main() -> None:
     print(
         "grammar: share of sentences that could be in the stories; memory: of names and things that are in the prompt"
     )
+    print(f"retained skill: right before / after {able[0]:.3f} / {able[1]:.3f} ({len(sums)} sums)")
     for index, prompt in enumerate(prompts[:3]):
         print(f"\nprompt: {prompt}")
         for name, texts in samples.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -30,6 +31,7 @@ def stories_score(text: str) -> int:
 @cache
 def quickstart() -> dict:
     """What is in the script that made the quick start's stories."""
+    sys.path.insert(0, str(ROOT / "recipes/quickstart"))  # of what it imports
     return run_path(str(ROOT / "recipes/quickstart/build.py"))
 
 

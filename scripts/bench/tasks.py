@@ -64,7 +64,9 @@ def make_trainer(cell: dict, folders: dict[str, str], held_out: range, stride: i
         **options_of(cell["method"]),
     }
     argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    trainer = build(*parse(["--config", str(ROOT / "recipes/quickstart/dpo.yaml"), *argv]))
+    parsed = parse(["--config", str(ROOT / "recipes/quickstart/dpo.yaml"), *argv])
+    parsed[1].nspo2_retain_dataset = None  # what is compared is filters
+    trainer = build(*parsed)
     rows = [row for row in held_out if row < len(trainer.eval_dataset)]
     if not rows:
         raise ValueError(f"The test split has {len(trainer.eval_dataset)} pairs, none in {held_out}: add pairs.")
