@@ -25,6 +25,7 @@ STORIES = [
     f"{SHARED}/models/stories260k",
     "--dataset_name",
     f"{SHARED}/data/stories_sentiment",
+    *("--nspo2_retain_kl", "0", "--nspo2_retain_project", "no"),
 ]
 PROCESSES = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/cpu_2proc.yaml"]
 
