@@ -1,7 +1,7 @@
 """The command `nspo2`: its help, what it refuses, that `train` is the script, what `env` tells."""
 
 import json
-import subprocess
+import runpy
 import sys
 from importlib.metadata import version
 
@@ -38,11 +38,12 @@ def test_help_of_train_shows_what_people_set(capsys):
     assert "--num_processes" not in capsys.readouterr().out  # the script is launched by accelerate
 
 
-def test_train_is_the_script(tmp_path, in_the_repository):
-    cli.main(["train", *command(tmp_path, "--eval_strategy", "no", steps=3)])
+def test_train_is_the_script(tmp_path, in_the_repository, monkeypatch):
+    argv = command(tmp_path, "--eval_strategy", "no", steps=3)
+    cli.main(["train", *argv])
     by_command = (tmp_path / "out/adapter_model.safetensors").read_bytes()
-    options = command(tmp_path, "--eval_strategy", "no", "--output_dir", str(tmp_path / "script"), steps=3)
-    subprocess.run([sys.executable, "scripts/train.py", *options], check=True, timeout=200, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "--output_dir", str(tmp_path / "script")])
+    runpy.run_path("scripts/train.py", run_name="__main__")
     assert (tmp_path / "script/adapter_model.safetensors").read_bytes() == by_command
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from nspo2_trl import NSPO2Config, NSPO2DPOConfig, get_default_config
 from nspo2_trl.cli.arguments import parse
+from nspo2_trl.config import OPTIONS
 from nspo2_trl.training.options import nspo2_options
 
 BAD = [
@@ -83,9 +84,17 @@ def test_unknown_options():
         del config["seed"]
 
 
+def test_every_option_of_the_engine_is_one_of_the_trainers():
+    """But for those of tests and benchmarks; only the default strategy is another one."""
+    config, own = trainer_config(), {"dim", "min_rank", "epsilon", "seed"}
+    assert {name for name in OPTIONS if not hasattr(config, f"nspo2_{name}")} == own
+    differ = {name for name, value in nspo2_options(config).items() if value != get_default_config()[name]}
+    assert differ == {"strategy"}
+
+
 def test_the_trainers_track_twice_the_rank_unless_told():
-    ranks = [(16, 32), (4, 8), (0, 1)]
-    assert [(r, nspo2_options(trainer_config(nspo2_projection_rank=r))["max_rank"]) for r, _ in ranks] == ranks
+    for rank, tracked in ((16, 32), (4, 8), (0, 1)):
+        assert nspo2_options(trainer_config(nspo2_projection_rank=rank))["max_rank"] == tracked
     assert nspo2_options(trainer_config(nspo2_max_rank=20))["max_rank"] == 20
 
 

@@ -7,9 +7,7 @@ import yaml
 from conftest import ROOT
 from datasets import Dataset, DatasetDict, IterableDataset
 from test_scripts import command, few_rows, logged, refused
-from transformers import AutoTokenizer
 
-from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.cli import train
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -53,20 +51,6 @@ def test_kinds_of_local_data(tmp_path, kind, columns):
     assert len(training) == 38 and len(held_out) == 2
     assert sorted(training.column_names) == sorted(columns)
     assert rows[0]["chosen"] in [*training["chosen"], *held_out["chosen"]]
-
-
-def test_conversational_pairs(tmp_path):
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    rows = [{k: say(roles[k], text) for k, text in row.items()} for row in few_rows(tmp_path / "rows.jsonl", 12)]
-    options = ["--dataset_name", write(tmp_path / "chat.jsonl", rows)]
-    _, args, model_args, _ = train.parse(command(tmp_path, *options, steps=2))
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    parts = dict(zip(("train_dataset", "eval_dataset"), loaded(tmp_path, *options)), processing_class=tokenizer)
-    lora = train.get_peft_config(model_args)
-    trainer = NSPO2DPOTrainer(model_args.model_name_or_path, args=args, peft_config=lora, **parts)
-    trainer.train()
-    assert trainer.state.global_step == 2
 
 
 # ---- columns by other names ----

@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import LORA, MODEL
+from peft import LoraConfig, get_peft_model
 from reference import Reference
 from torch import nn, optim
-from transformers import Adafactor
+from transformers import Adafactor, AutoModelForCausalLM
 
 from nspo2_trl import NSPO2, NSPO2Config, NSPO2Optimizer, create_nspo2_optimizer, get_default_config
 
@@ -120,10 +123,6 @@ def test_blocks_of_parameters_a_model_and_by_hand():
 
 
 def test_lora_adapters_of_a_model_are_blocks():
-    from conftest import LORA, MODEL
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
     optimizer = create_nspo2_optimizer(model, optim.AdamW, {"lr": 1e-3})
     names = [name for stack in optimizer.nspo2.stacks for name in stack.names]
@@ -135,12 +134,7 @@ def test_lora_adapters_of_a_model_are_blocks():
     "params, cls, more, message",
     [
         ([], optim.SGD, {}, "`params` holds no trainable parameter"),
-        (
-            network()[0],
-            optim.SGD,
-            {"blocks": [[nn.Parameter(torch.zeros(1))]]},
-            "block 0 is empty or holds a parameter",
-        ),
+        (network(), optim.SGD, {"blocks": [[nn.Parameter(torch.ones(1))]]}, "block 0 is empty or holds a parameter"),
         (network(), optim.LBFGS, {}, "LBFGS evaluates its closure several times"),
         (network(), optim.SGD, {"config": {"strategy": "quiet"}}, "`strategy` must be one of"),
     ],
@@ -174,20 +168,16 @@ def test_grad_scaler_skips_overflow_and_teaches_nothing():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(8):
         optimizer.zero_grad()
-        scaler.scale(model(torch.randn(4, 6)).square().sum()).backward()
-        if step == 5:
-            model[0].weight.grad[0, 0] = float("inf")
-            before = copies(model.parameters())
+        scaler.scale(model(torch.randn(4, 6)).square().sum() * (math.inf if step == 5 else 1)).backward()
+        before = copies(model.parameters())
         scaler.step(optimizer)
-        assert step != 5 or same(before, model.parameters())
+        assert same(before, model.parameters()) == (step == 5)
         scaler.update()
     metrics = optimizer.get_metrics()
     assert metrics["step_count"] == 7 and metrics["skipped_steps"] == 0 and scaler.get_scale() == 512
 
 
 def test_accelerator_prepare():
-    from accelerate import Accelerator
-
     expected = train(model := network(), wrapped(model, optim.AdamW), 8)
     model = network()
     model, prepared = Accelerator(cpu=True).prepare(model, wrapped(model, optim.AdamW))
@@ -359,53 +349,33 @@ def test_published_snippets_run(tmp_path, monkeypatch):
         nspo2.step_end()
 
 
-# ---- planted structure ----
-
-
-def quadratic(strategy, seed, signal_inside=False, nspo2=True):
-    """A quadratic over 200 dimensions with 4 planted noise directions: distance to its optimum, and the wrapper."""
+def distance(seed, enabled):
+    """To the optimum of a quadratic over 200 dimensions with 4 noisy ones, after 200 steps."""
     torch.manual_seed(seed)
     planted = torch.linalg.qr(torch.randn(200, 4)).Q
     target = torch.randn(200)
     target -= planted @ (planted.T @ target)
-    if signal_inside:
-        target = planted @ torch.ones(4) * 3
     weight = nn.Parameter(torch.zeros(200))
-    config = options(strategy=strategy, trust_radius=1e9, cov_momentum=0.97, update_freq=10, min_rank=0)
+    config = options(trust_radius=1e9, cov_momentum=0.97, update_freq=10, min_rank=0)
     optimizer = create_nspo2_optimizer([weight], optim.SGD, {"lr": 0.02}, config)
-    optimizer.set_enabled(nspo2)
+    optimizer.set_enabled(enabled)
     for _ in range(200):
-        noise = planted @ torch.randn(4) * 5 + 0.1 * torch.randn(200)
-        weight.grad = weight.detach() - target + noise
+        weight.grad = weight.detach() - target + planted @ torch.randn(4) * 5 + 0.1 * torch.randn(200)
         optimizer.step()
-    return (weight.detach() - target).norm().item(), optimizer
+    return (weight.detach() - target).norm().item()
 
 
 def test_noise_ends_closer_to_the_optimum():
     """On average, not on every seed: noise from before the first basis stays in the null space."""
-    distances = [[quadratic("noise", seed, nspo2=nspo2)[0] for nspo2 in (True, False)] for seed in range(8)]
-    assert sum(ours for ours, _ in distances) < 0.8 * sum(plain for _, plain in distances)
+    assert sum(distance(seed, True) for seed in range(8)) < 0.8 * sum(distance(seed, False) for seed in range(8))
 
 
-def test_keep_does_not_lose_a_signal_inside_the_noisy_directions():
-    """`keep` lets the mean gradient through where `noise` takes it away with the noise."""
-    kept = {}
-    for strategy in ("keep", "noise"):
-        part = quadratic(strategy, 0, signal_inside=True)[1].nspo2.filters[0]
-        mean = part.reference
-        kept[strategy] = (part.head().apply(mean).norm() / mean.norm()).item()
-    assert kept["keep"] >= 0.95 and kept["noise"] < 0.3
-
-
-def test_a_million_entries_in_one_block():
-    """No d x d matrix: the state stays within (max_rank + rows kept + 4) x d floats."""
-    weight = nn.Parameter(torch.zeros(1_000_000))
-    config = get_default_config(strategy="keep", max_rank=17, projection_rank=16)
-    optimizer = create_nspo2_optimizer([weight], optim.AdamW, {"lr": 1e-3}, config)
+def test_no_d_by_d_matrix():
+    """The state stays within (max_rank + rows kept + 4) x d floats."""
+    weight = nn.Parameter(torch.zeros(100_000))
+    optimizer = create_nspo2_optimizer([weight], optim.AdamW, {"lr": 1e-3}, options(max_rank=17, update_freq=10))
     for _ in range(23):
-        weight.grad = torch.randn(1_000_000)
+        weight.grad = torch.randn(100_000)
         optimizer.step()
-    rows = optimizer.nspo2.filters[0].cov.stack.shape[1] - 17
-    assert rows <= 11
-    assert optimizer.nspo2.state_bytes <= (17 + rows + 4) * 4_000_000 + 1_000_000
+    assert optimizer.nspo2.state_bytes <= (17 + 11 + 4) * 400_000 + 100_000
     assert isinstance(optimizer, NSPO2Optimizer)
