@@ -23,7 +23,7 @@ def test_the_same_texts_end_with_the_same_adapters(launch, name, options):
     one, spread = launch("one", **(ON | options)), launch(name, **(ON | options))
     assert difference(spread, one) < 1e-5
     assert difference(launch("one", **(ON | options | {"nspo2_retain_kl": 0})), one) > 1e-3
-    assert spread["figures"]["nspo2/retain_kl"] == pytest.approx(one["figures"]["nspo2/retain_kl"], rel=1e-4)
+    assert spread["figures"]["nspo2/retain_kl"] == pytest.approx(one["figures"]["nspo2/retain_kl"], rel=1e-3)
     during = options.get("nspo2_retain_project") == "during"
     folders = [spread["out"], spread["out"] / ("." if during else "unprojected")]
     written, before = (load_file(folder / "adapter_model.safetensors") for folder in folders)
