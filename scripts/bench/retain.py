@@ -39,10 +39,10 @@ from .retain_texts import domains, given_texts
 
 PROMPT, ANSWER, CHUNK = 48, 40, 128  # tokens
 RANKS, SCALES = [12, 4, 1, 29], [1.0, 1.2, 1.5]
-ALONE = [1.0, 0.75, 0.6, 0.45]  # scales of the rival
+ALONE = [1.0, 0.75, 0.6, 0.45, 0.3]  # scales of the rival
 FIRST = 3  # lots that are measured for all seeds before the others
 GIVEN = "prose"  # the domain that the method is given texts of
-SMOKE = "--seeds 0 1 --learning_rate 2e-3 --ranks 12 --scales 1.0 1.2 1.5 --held_out 200 --chunks 8"
+SMOKE = "--seeds 0 1 --learning_rate 2e-3 --ranks 12 --scales 1.0 1.2 1.5 --held_out 100 --chunks 8"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
