@@ -123,7 +123,7 @@ def study(tmp_path_factory):
 
 def test_a_study_has_all_rows_table_and_picture(study, capsys):
     argv, folder = study
-    rows = retain_judge.read(folder / "retain-tiny.jsonl.gz")
+    about, rows = retain_judge.read(folder / "retain-tiny.jsonl.gz")
     assert len(rows) == 2 * (len(retain.ALONE) + 2) and (folder / "retain.png").stat().st_size > 1000
     assert {(r["method"], r["rank"], r["control"]) for r in rows} == {
         (method, *point) for method in ("plain", "kl2") for point in ((0, False), (3, False), (3, True))
@@ -133,6 +133,10 @@ def test_a_study_has_all_rows_table_and_picture(study, capsys):
     assert runs["plain-s0"]["losses"][0] == pytest.approx(math.log(2))
     assert runs["plain-s0"]["retain_ms"] is None and runs["kl2-s0"]["retain_ms"] > 0
     assert runs["plain-s0"]["losses"] != runs["kl2-s0"]["losses"]
+    assert "5 steps of 12 pairs at rate 0.004" in retain_judge.words(about) and "KL term takes" in retain_judge.words(
+        about
+    )
+    assert [run["adapter"] for run in about["runs"]] == ["kl2-s0", "plain-s0"]
     retain_judge.show(rows, "tiny")
     assert "only scaled" in capsys.readouterr().out
 
@@ -153,6 +157,6 @@ def test_finished_cells_are_skipped_and_missing_ones_made_again(study):
 def test_a_page_is_made_of_the_raw_file_alone(study, tmp_path):
     _, folder = study
     lines, pictures = retain_judge.section(folder, tmp_path)
-    assert "### tiny" in lines and pictures == [tmp_path / "retain_tiny.png"] and pictures[0].exists()
+    assert "### Forgotten by tiny" in lines and pictures == [tmp_path / "retain_tiny.png"] and pictures[0].exists()
     assert sum(line.startswith("| plain | only scaled") for line in lines) == len(retain.ALONE)
     assert retain_judge.section(tmp_path, tmp_path) == ([], [])

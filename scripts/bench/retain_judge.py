@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from nspo2_trl.cli.comparison import COLORS
 from nspo2_trl.cli.frontier import scaled_kl
 
 Row = dict
@@ -109,10 +110,18 @@ def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
     """The part of the page that the files RAW/retain-*.jsonl.gz make, and the pictures that are drawn for it."""
     lines, paths = [], []
     for path in sorted(raw.glob("retain-*.jsonl.gz")):
-        rows, name = read(path), path.name.removeprefix("retain-").removesuffix(".jsonl.gz")
+        (about, rows), name = read(path), path.name.removeprefix("retain-").removesuffix(".jsonl.gz")
         paths.append(docs / f"retain_{name}.png")
         draw(rows, paths[-1], shown_rank(rows))
-        lines += ["", f"### {name}", "", line(head(rows)), "|---" * len(head(rows)) + "|"]
+        lines += [
+            "",
+            f"### Forgotten by {name}",
+            "",
+            words(about),
+            "",
+            line(head(rows)),
+            "|---" * len(head(rows)) + "|",
+        ]
         lines += [line(cells(group)) for group in settings(judge(rows))]
         lines += ["", f"![{name}: held-out preference loss against KL, by kind of text]({paths[-1].name})"]
     return ["## What it forgets", "", READING, *lines, ""] if lines else [], paths
@@ -127,7 +136,7 @@ def show(rows: Sequence[Row], title: str) -> None:
     for group in groups:
         table.add_row(*cells(group), style="bold" if group in best else None)
     console = Console()
-    console.width = max(console.width, 170)
+    console.width = max(console.width, 210)
     console.print(table)
 
 
@@ -137,44 +146,67 @@ def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
 
     kinds = list(rows[0]["retained"])
     figure = Figure(figsize=(4.2 * len(kinds), 4), layout="constrained")
-    colors = ["#444444", "#0072b2", "#cc79a7", "#d55e00", "#009e73"]
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
         lines: dict[str, dict[int, list[Row]]] = {}
         for row in rows:
             if row["rank"] in (0, rank):
                 label = ", ".join(cells([row | {"share": {}}])[:2])
                 lines.setdefault(label, {}).setdefault(row["seed"], []).append(row)
-        for color, (label, seeds) in zip(colors, sorted(lines.items(), key=lambda item: "plain" not in item[0])):
-            for i, own in enumerate(seeds.values()):
+        for i, (label, seeds) in enumerate(sorted(lines.items(), key=lambda item: "plain" not in item[0])):
+            color = COLORS[i % len(COLORS)]
+            for own in seeds.values():
                 own = sorted(own, key=lambda row: row["scale"])
                 kl, loss = [row["retained"][kind]["kl"] for row in own], [row["loss"] for row in own]
-                axis.plot(kl, loss, "o-", color=color, markersize=3, linewidth=1, label=None if i else label)
+                axis.plot(kl, loss, "o-", color=color, markersize=3, linewidth=1, label=label)
+                label = None  # once in the legend
         axis.set(xscale="log", xlabel=f"KL, nats per token: {kind}", title=kind)
     figure.axes[0].set_ylabel("held-out preference loss")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> tuple[dict, list[Row]]:
+    """Settings and runs of a study, and its rows."""
     with gzip.open(path, "rt") as lines:
-        return [json.loads(line) for line in lines]
+        about, *rows = map(json.loads, lines)
+    return about, rows
+
+
+def words(about: dict) -> str:
+    """What a study ran, and what the KL term takes of a step."""
+    runs = [run for run in about["runs"] if run["retain_ms"]]
+    text = (
+        f"{about['steps']} steps of 12 pairs at rate {about['learning_rate']:g}, LoRA rank 16 on all linear layers. "
+    )
+    text += (
+        f"Measured on {about['held_out']} held-out pairs and at most {about['chunks']} pieces of text of each kind."
+    )
+    if runs:
+        share = statistics.median(run["retain_ms"] / run["step_time"] / 1000 for run in runs)
+        text += f" The KL term takes {share:.0%} of a step (median of {len(runs)} runs)."
+    return text
 
 
 def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
-    """All lots in `output_dir` into RAW/retain-NAME.jsonl.gz, shown as a table and drawn."""
-    lots = sorted(
-        path for path in output_dir.glob("*-s*/*.json") if path.name.startswith(("scaled", "rank", "random"))
-    )
+    """All runs and lots in `output_dir` into RAW/retain-NAME.jsonl.gz, shown as a table and drawn."""
+    about = json.loads((output_dir / "settings.json").read_text())
+    about = {key: value for key, value in about.items() if not isinstance(value, (str, list))}  # without paths
+    about["runs"] = [
+        {"adapter": path.parent.name} | json.loads(path.read_text())
+        for path in sorted(output_dir.glob("*-s*/run.json"))
+    ]
+    lots = [path for kind in ("scaled", "rank", "random") for path in sorted(output_dir.glob(f"*-s*/{kind}*.json"))]
     rows = [row for path in lots for row in json.loads(path.read_text())]
     if not rows:
         return []
     raw.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-    with (raw / f"retain-{name}.jsonl.gz").open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=0) as packing:
+    path = raw / f"retain-{name}.jsonl.gz"
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in (about, *rows))
+    with path.open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=0) as packing:
         packing.write(text.encode())
     show(rows, name)
     draw(rows, output_dir / "retain.png", shown_rank(rows))
-    print(f"Rows: {raw / f'retain-{name}.jsonl.gz'}; picture: {output_dir / 'retain.png'}")
+    print(f"{words(about)}\nRows: {path}; picture: {output_dir / 'retain.png'}")
     return rows
 
 
