@@ -18,9 +18,9 @@ from score import read
 from sums import right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nspo2_trl.cli import runs
-from nspo2_trl.cli.comparison import COLORS, STYLES
+from nspo2_trl.cli import plots, runs
 
+COLORS = [light for light, _ in plots.COLORS]
 NAMES = ["texts retained", "without"]
 PANELS = [
     ("eval_rewards/accuracies", "Held-out preferences", "share of pairs", 1),
@@ -47,7 +47,9 @@ def draw(folders: list[Path], able: list[float], path: Path) -> None:
         run = runs.read(folder, name)
         for axis, (key, title, label, first) in zip(axes, PANELS):
             steps, values = (part[first:] for part in run.series(key))  # before training all pairs are ties
-            axis.plot(steps, values, color=COLORS[1 + i], linestyle=STYLES[i], marker="o", markersize=3, label=name)
+            axis.plot(
+                steps, values, color=COLORS[1 + i], linestyle=plots.STYLES[i], marker="o", markersize=3, label=name
+            )
             axis.set(title=title, xlabel="step", ylabel=label)
             axis.grid(alpha=0.25)
     axes[0].legend(fontsize=8)

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nspo2_trl.cli.comparison import COLORS
 from nspo2_trl.cli.frontier import scaled_kl
+from nspo2_trl.cli.plots import COLORS
 
 Row = dict
 READING = """- One line a setting. KL(model without the adapter ‖ with it) is in nats per token, the median over
@@ -153,7 +153,7 @@ def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
                 label = ", ".join(cells([row | {"share": {}}])[:2])
                 lines.setdefault(label, {}).setdefault(row["seed"], []).append(row)
         for i, (label, seeds) in enumerate(sorted(lines.items(), key=lambda item: "plain" not in item[0])):
-            color = COLORS[i % len(COLORS)]
+            color, _ = COLORS[i % len(COLORS)]
             for own in seeds.values():
                 own = sorted(own, key=lambda row: row["scale"])
                 kl, loss = [row["retained"][kind]["kl"] for row in own], [row["loss"] for row in own]
