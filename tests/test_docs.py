@@ -221,7 +221,8 @@ def test_commands_parse(page, monkeypatch):
                 script = f"nspo2_trl/cli/{'retain' if words[1] == 'retain' else 'report'}.py"
             if words[0] == "nspo2" or words[0] == "python" and script.endswith(".py"):
                 text = Path(script).read_text()
-                text += Path("scripts/bench/convergence.py").read_text() * (script == "scripts/benchmark.py")
+                for part in ("convergence", "retain"):
+                    text += Path(f"scripts/bench/{part}.py").read_text() * (script == "scripts/benchmark.py")
                 for flag in [word for word in words if word.startswith("--") and word not in known]:
                     assert f'"{flag}"' in text, f"{script} has no {flag}"
             continue
