@@ -88,7 +88,7 @@ def cells(group: Sequence[Row]) -> list[str]:
     for kind in first["retained"]:
         kl = statistics.median(row["retained"][kind]["kl"] for row in group)
         shares = [row["share"].get(kind) for row in group]
-        text = f"{kl:.4f}"
+        text = f"{kl:.2g}"
         if is_rival(first):
             text += ", 1"
         elif all(share is not None for share in shares):
