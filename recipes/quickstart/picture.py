@@ -3,9 +3,9 @@ r"""Draw what retained texts change: two runs of the quick start, with and witho
     nspo2 train --config recipes/quickstart/dpo.yaml --eval_steps 20
     nspo2 train --config recipes/quickstart/dpo.yaml --eval_steps 20 --nspo2_retain_kl 0 --nspo2_retain_project no \
         --output_dir out/quickstart-plain
-    python recipes/quickstart/picture.py out/quickstart out/quickstart-plain --out docs/retain_quickstart.png
+    python recipes/quickstart/picture.py out/quickstart out/quickstart-plain --out out/retain_quickstart.png
 
-Held-out accuracy and KL on retained texts are from the logs; the sums are done here. Needs matplotlib.
+The loss of held-out pairs and the KL on retained texts are from the logs; the sums are done here. Needs matplotlib.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from nspo2_trl.cli import plots, runs
 COLORS = [light for light, _ in plots.COLORS]
 NAMES = ["texts retained", "without"]
 PANELS = [
-    ("eval_rewards/accuracies", "Held-out preferences", "share of pairs", 1),
-    ("eval_retain_kl", "KL on held-out retained texts", "nats per token", 0),
+    ("eval_loss", "Preferences", "loss of held-out pairs"),
+    ("eval_retain_kl", "Retained texts", "KL on held-out ones, nats per token"),
 ]
 
 
@@ -45,8 +45,8 @@ def draw(folders: list[Path], able: list[float], path: Path) -> None:
     axes = figure.subplots(1, len(PANELS) + 1)
     for i, (name, folder) in enumerate(zip(NAMES, folders, strict=True)):
         run = runs.read(folder, name)
-        for axis, (key, title, label, first) in zip(axes, PANELS):
-            steps, values = (part[first:] for part in run.series(key))  # before training all pairs are ties
+        for axis, (key, title, label) in zip(axes, PANELS):
+            steps, values = run.series(key)
             axis.plot(
                 steps, values, color=COLORS[1 + i], linestyle=plots.STYLES[i], marker="o", markersize=3, label=name
             )
