@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/retained.py OUT [fsdp]
 """
 
+import os
 import random
 import sys
 
@@ -43,7 +44,6 @@ def sentences(count: int = 40, seed: int = 0) -> list[str]:
 def main(out: str, kind: str = "") -> None:
     from accelerate import PartialState
     from torch.distributed.fsdp import fully_shard
-    from two_processes import leave
 
     from nspo2_trl.layout.roles import input_adapters
     from nspo2_trl.projections.retain.collect import collect
@@ -65,7 +65,10 @@ def main(out: str, kind: str = "") -> None:
     result = {"tensors": tensors, "retention": retention(model, held_out), "processes": state.num_processes}
     put(adapters, starts(adapters), spaces, Point(6, 1.2))
     result["weights"] = [getattr(a.weight, "full_tensor", lambda a=a: a.weight)().detach() for a in adapters]
-    leave(out, result | {"batches": len(reading)})
+    if state.is_main_process:
+        torch.save(result | {"batches": len(reading)}, f"{out}/result.pt")
+    state.wait_for_everyone()
+    os._exit(0)  # two gloo processes were seen to hang on a regular exit
 
 
 if __name__ == "__main__":

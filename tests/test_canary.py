@@ -30,7 +30,7 @@ LIBRARIES = ("accelerate", "datasets", "deepspeed", "peft", "safetensors", "torc
 # Names that the package uses, by where they stand. An attribute that is set on instances counts as well.
 NAMES = {
     "transformers.Trainer": "_get_output_dir add_callback remove_callback is_world_process_zero accelerator deepspeed "
-    "is_fsdp_enabled optimizer save_state",
+    "is_fsdp_enabled optimizer save_state _save",
     "transformers.TrainerState": "max_steps global_step log_history",
     "transformers.TrainingArguments": "train_batch_size gradient_accumulation_steps world_size process_index "
     "should_save eval_on_start to_dict",
@@ -70,6 +70,10 @@ METHODS = {
     "transformers.Trainer._save_rng_state": "output_dir",
     "transformers.Trainer.train": "resume_from_checkpoint",
     "transformers.Trainer.push_to_hub": "",
+    "transformers.Trainer._save": "output_dir state_dict",
+    "transformers.Trainer.save_model": "output_dir _internal_call",
+    "transformers.Trainer.compute_loss": "model inputs",
+    "transformers.Trainer.evaluation_loop": "",
     "trl.trainer.base_trainer._BaseTrainer.create_model_card": "model_name dataset_name",
     "trl.trainer.utils.get_config_model_id": "config",
     "trl.TrlParser.parse_args_and_config": "args",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import yaml
-from conftest import MODEL, figures
+from conftest import MODEL, ROOT, figures
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from test_scripts import command, small_data
 from transformers import BitsAndBytesConfig
@@ -44,6 +44,7 @@ def test_the_recipe_of_the_card_trains_the_same(tmp_path, in_the_repository):
     train.main(command(tmp_path, "--nspo2_strategy", "hybrid"))
     recipe = recipe_in((tmp_path / "out/README.md").read_text())
     recipe |= {"model_name_or_path": MODEL, "dataset_name": small_data(), "output_dir": str(tmp_path / "again")}
+    recipe["nspo2_retain_dataset"] = str(ROOT / "recipes/quickstart/texts" / recipe["nspo2_retain_dataset"])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train.main(["--config", str(tmp_path / "recipe.yaml")])
     first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "again"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import LAUNCHES, SAME, assert_identical, difference, launch, run
+from test_distributed import LAUNCHES, SAME, SAVES, assert_identical, difference, launch, run
 
 assert launch  # a fixture
 
@@ -35,8 +35,8 @@ def test_the_same_texts_end_with_the_same_adapters(launch, name, options):
 
 @pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_resumes_to_the_same_end(launch, tmp_path, name):
-    whole = launch(name, **ON)
-    again = run(tmp_path, 2, resume=whole["out"] / "checkpoint-5", **(SAME | LAUNCHES[name][1] | ON))
+    whole = launch(name, **ON, **SAVES)
+    again = run(tmp_path, 2, resume=whole["out"] / "checkpoint-5", **(SAME | LAUNCHES[name][1] | ON | SAVES))
     assert_identical(again, whole)
 
 

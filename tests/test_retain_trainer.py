@@ -111,7 +111,7 @@ def test_texts_that_span_less_than_the_rank_are_read_as_before(make_trainer, pro
     before = logits(trainer.model.eval())
     trainer.train()
     for first, last in zip(before, logits(trainer.model.eval())):
-        torch.testing.assert_close(first, last, atol=1e-5, rtol=0)
+        torch.testing.assert_close(first, last, atol=1e-5, rtol=1e-6)  # float32 of logits above 10
     others = zip(before, logits(trainer.model, ["Otto and Lena saw a bridge"]))
     assert all((first[:, :4] - last[:, :4]).abs().max() > 1e-3 for first, last in others)
 

@@ -5,7 +5,7 @@ import torch
 from conftest import assert_same, figures, losses, trainable
 from retained import sentences, tokenizer
 from safetensors.torch import load_file
-from test_trainers import KINDS, make, ours
+from test_trainers import KINDS, make, ours, theirs
 from transformers import TrainerCallback
 
 from nspo2_trl import NSPO2Config, attach_nspo2
@@ -27,7 +27,7 @@ def retaining(kind, pairs, folder, texts=None, steps=2, **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_off_is_plain(kind, pairs, tmp_path):
-    plain = make(*KINDS[kind], kind, pairs, tmp_path / "plain", max_steps=2)
+    plain = make(*theirs(kind), kind, pairs, tmp_path / "plain", max_steps=2)
     plain.train()
     off = retaining(kind, pairs, tmp_path / "off", **OFF)
     off.train()
@@ -139,7 +139,7 @@ def test_attached_retains_as_if_made_so(kind, pairs, tmp_path):
         kind, pairs, tmp_path / "made", **{f"nspo2_retain_{name}": value for name, value in options.items()}
     )
     made.train()
-    plain = make(*KINDS[kind], kind, pairs, tmp_path / "attached", max_steps=2)
+    plain = make(*theirs(kind), kind, pairs, tmp_path / "attached", max_steps=2)
     config = RetainConfig(**options)
     attached = attach_nspo2(plain, NSPO2Config(strategy="keep"), retain_dataset=sentences(), retain_config=config)
     attached.train()

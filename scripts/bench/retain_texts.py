@@ -56,9 +56,14 @@ def chunks(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> lis
     return pieces[:: max(1, len(pieces) // count)][:count]
 
 
+def _of(paths: list[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """Token ids of the texts of files and folders; nothing is written by a model, so none is needed."""
+    return [text for path in paths for text in retained_texts(None, path, tokenizer, 2 * GIVEN_CHUNKS, length)]
+
+
 def given_texts(paths: list[str], tokenizer: Any, length: int) -> list[str]:
     """The texts that the method is given, `length` tokens each; the prose that is not held out if no path is given."""
-    ids = [text for path in paths for text in retained_texts(path, tokenizer, 2 * GIVEN_CHUNKS, length, "--retain")]
+    ids = _of(paths, tokenizer, length)
     if ids:
         ids = [text for i, text in enumerate(ids) if i % 5 != 4]
     return [tokenizer.decode(piece) for piece in ids or chunks(topics(False), tokenizer, length, GIVEN_CHUNKS)]
@@ -66,7 +71,7 @@ def given_texts(paths: list[str], tokenizer: Any, length: int) -> list[str]:
 
 def domains(paths: list[str], tokenizer: Any, length: int, count: int) -> dict[str, list[list[int]]]:
     """Token ids to measure on, by kind of text; the first kind is held out of what the method is given."""
-    ids = [text for path in paths for text in retained_texts(path, tokenizer, 2 * GIVEN_CHUNKS, length, "--retain")]
+    ids = _of(paths, tokenizer, length)
     given = [text for i, text in enumerate(ids) if i % 5 == 4][:count]
     return {
         "prose": given or chunks(topics(True), tokenizer, length, count),
