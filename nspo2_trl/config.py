@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
-from .rows import is_int, is_number, one_of, option, whole
+from .rows import check, is_int, is_number, one_of, option, whole
 
 REMOVED = {
     "shrinkage": "it was never shown to help; leave it out",
@@ -200,9 +200,7 @@ def check_options(options: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in options.items():
         if name not in OPTIONS:
             raise ValueError(f"`{prefix}{name}` is no option of NSPO2. The options are: {', '.join(OPTIONS)}.")
-        row = OPTIONS[name].metadata
-        if not row["valid"](value):
-            raise ValueError(f"`{prefix}{name}` must be {row['must_be']}, got {value!r}.")
+        check(OPTIONS[name], f"{prefix}{name}", value)
     high = options.get("max_rank")
     for name in ("projection_rank", "min_rank"):
         rank = options.get(name)

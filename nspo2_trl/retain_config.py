@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import Field, dataclass, fields
 
-from .rows import is_number, one_of, option, whole
+from .rows import check, is_number, one_of, option, whole
 
 
 @dataclass
@@ -45,7 +44,7 @@ class RetainConfig:
     rank: int = whole(12, "Directions taken out of each input; few are best.", least=1)
     scale: float = option(
         1.2,
-        lambda v: is_number(v) and 0 < v < math.inf,
+        lambda v: is_number(v) and v > 0,
         "a number above 0",
         "What is left of `lora_A` after training is multiplied by this.",
     )
@@ -60,6 +59,4 @@ RETAIN_OPTIONS: dict[str, Field] = {f.name: f for f in fields(RetainConfig)}
 def check_retain(options: dict, prefix: str = "") -> None:
     """Raise `ValueError` with one sentence for the first bad value in `options`, fields of [`RetainConfig`]."""
     for name, value in options.items():
-        row = RETAIN_OPTIONS[name].metadata
-        if not row["valid"](value):
-            raise ValueError(f"`{prefix}{name}` must be {row['must_be']}, got {value!r}.")
+        check(RETAIN_OPTIONS[name], f"{prefix}{name}", value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import Field, field
 from typing import Any
 
 SAME = object()
@@ -21,6 +21,12 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check(row: Field, name: str, value: Any) -> None:
+    """Raises `ValueError` where `value` is none for this row; `name` is what users typed."""
+    if not row.metadata["valid"](value):
+        raise ValueError(f"`{name}` must be {row.metadata['must_be']}, got {value!r}.")
 
 
 def whole(default: int, help: str, least: int = 0, note: str = "", trainer: Any = SAME) -> Any:

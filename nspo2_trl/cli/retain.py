@@ -21,13 +21,14 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 from ..layout.roles import input_adapters, unprotected
+from ..projections.retain.collect import mean_leakage
 from ..projections.retain.measure import retention
 from ..projections.retain.pairs import pair_batches, preference, tokenize_pairs
 from ..projections.retain.project import FORMS, Point, put, starts
 from ..projections.retain.texts import Batch, check_texts, hold_out, refuse_same_texts
 from ..training.loading import load
 from ..training.refusals import check_preferences
-from ..training.retain import check_point, input_spaces, mean_leakage, retained_batches, retained_texts
+from ..training.retain import check_point, input_spaces, retained_batches, retained_texts
 from .frontier import Entry, choose, draw, scaled_kl, show
 
 GIVEN = Point(0, 1.0)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..layout.roles import InputAdapter, input_adapters, unprotected
-from ..projections.retain.collect import InputSpace, collect
+from ..projections.retain.collect import InputSpace, collect, mean_leakage
 from ..projections.retain.measure import retention
 from ..projections.retain.passes import Frozen
 from ..projections.retain.project import FORMS, Point, put, starts
@@ -70,9 +70,8 @@ def retain_adapter(
         texts = retained_texts(
             model, retain_dataset, processing_class, samples, max_length, folder=cache_dir, frozen=frozen
         )
-    learned, held_out = hold_out(texts)
-    tokens = check_texts(learned, model, rank, skip)
-    with active(model, adapter_name):
+        learned, held_out = hold_out(texts)
+        tokens = check_texts(learned, model, rank, skip)
         measured = retained_batches(held_out, processing_class)
         spaces = input_spaces(model, adapters, learned, measured, processing_class, rank, cache_dir, frozen, skip)
         points = [partial(put, adapters, starts(adapters), spaces, point) for point in (Point(0, 1.0), point)]
@@ -141,10 +140,6 @@ def input_spaces(
     if cache_dir is None:
         return collect(model, adapters, reading, held_out, rank, frozen, skip)
     return collect_once(model, adapters, reading, held_out, rank, cache_dir, frozen, skip)
-
-
-def mean_leakage(spaces: Sequence[InputSpace], rank: int) -> float:
-    return sum(space.leakage(rank) for space in spaces) / len(spaces) if spaces else 1.0
 
 
 @contextmanager

@@ -58,6 +58,9 @@ class RetainMixin(_BaseTrainer):
                 "`nspo2_retain_dataset` with an adapter that was trained before needs the adapter as it was on each "
                 "process, which FSDP2 and DeepSpeed shard: launch with DDP, or merge the adapter into the base model."
             )
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if args.nspo2_enabled and config.project == "during" and deepspeed:
+            raise ValueError("`nspo2_retain_project='during'` does not work with DeepSpeed: set it to 'after'.")
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.nspo2_retained = Retained(model, dataset, tokenizer, config, str(args.output_dir), args.seed)
         self.nspo2_retained.refuse_pairs(self.train_dataset)
@@ -73,8 +76,6 @@ class RetainMixin(_BaseTrainer):
             logger.warning(
                 "The projection for retained texts does not reach, so not protect, these parameters: %s.", kinds
             )
-        if config.project == "during" and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError("`nspo2_retain_project='during'` does not work with DeepSpeed: set it to 'after'.")
 
     def _nspo2_retain_projections(self) -> list[Projection]:
         retained = self.nspo2_retained

@@ -58,7 +58,8 @@ def chunks(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> lis
 
 def _of(paths: list[str], tokenizer: Any, length: int) -> list[list[int]]:
     """Token ids of the texts of files and folders; nothing is written by a model, so none is needed."""
-    return [text for path in paths for text in retained_texts(None, path, tokenizer, 2 * GIVEN_CHUNKS, length)]
+    count, option = 2 * GIVEN_CHUNKS, "--retain"
+    return [text for path in paths for text in retained_texts(None, path, tokenizer, count, length, option)]
 
 
 def given_texts(paths: list[str], tokenizer: Any, length: int) -> list[str]:

@@ -41,6 +41,11 @@ class InputSpace:
         return float(1 - self.held_out[:rank].sum())
 
 
+def mean_leakage(spaces: Sequence[InputSpace], rank: int) -> float:
+    """Mean over inputs of [`InputSpace.leakage`]; 1 where there is none."""
+    return sum(space.leakage(rank) for space in spaces) / len(spaces) if spaces else 1.0
+
+
 def collect(
     model: nn.Module,
     adapters: Sequence[InputAdapter],

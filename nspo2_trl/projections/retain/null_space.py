@@ -8,8 +8,8 @@ import torch
 
 from ...layout.roles import InputAdapter
 from ..protocol import Step
-from .collect import InputSpace
-from .project import Point, local, project, put, starts
+from .collect import InputSpace, mean_leakage
+from .project import Point, local, project, put, space_of, starts
 
 IN_NULL_SPACE = 1e-5  # share of the norm of A along K that is rounding: such an A is left as it is
 
@@ -39,6 +39,7 @@ class NullSpace:
     ):
         self.adapters, self.collect, self.during, self.rank, self.scale = adapters, collect, during, rank, scale
         self.spaces: Sequence[InputSpace] | None = None
+        self.pairs: list[tuple[InputAdapter, InputSpace]] = []  # empty but for `during`
 
     @torch.no_grad()
     def start(self) -> None:
@@ -47,7 +48,9 @@ class NullSpace:
         self.spaces = self.collect()
         if not self.during:
             return
-        for adapter, space in self._pairs():
+        of = space_of(self.spaces)
+        self.pairs = [(adapter, of[adapter.name]) for adapter in self.adapters if adapter.name in of]
+        for adapter, space in self.pairs:
             weight = local(adapter.weight)
             basis = space.vectors[:, : self.rank].to(weight.device)
             along = torch.linalg.vector_norm(weight.float() @ basis)
@@ -56,19 +59,17 @@ class NullSpace:
 
     @torch.no_grad()
     def before_step(self, step: Step) -> bool:
-        if self.during:
-            for adapter, space in self._pairs():
-                if adapter.weight.grad is not None:
-                    grad = local(adapter.weight.grad)
-                    grad.copy_(self._off(grad, space))
+        for adapter, space in self.pairs:
+            if adapter.weight.grad is not None:
+                grad = local(adapter.weight.grad)
+                grad.copy_(self._off(grad, space))
         return True
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.during:
-            for adapter, space in self._pairs():
-                weight = local(adapter.weight)
-                weight.copy_(self._off(weight, space))
+        for adapter, space in self.pairs:
+            weight = local(adapter.weight)
+            weight.copy_(self._off(weight, space))
 
     def end(self) -> None:
         """Training has ended: project, where that was not done all along."""
@@ -76,18 +77,13 @@ class NullSpace:
             put(self.adapters, starts(self.adapters), self.spaces, Point(self.rank, self.scale))
 
     def metrics(self, batch_size: float) -> dict[str, float]:
-        spaces = self.spaces or ()
-        return {"retain_leakage": sum(s.leakage(self.rank) for s in spaces) / len(spaces)} if spaces else {}
+        return {"retain_leakage": mean_leakage(self.spaces, self.rank)} if self.spaces else {}
 
     def state_dict(self, keep: bool) -> dict:
         return {}  # K is made anew from the same texts, or read from its file
 
     def load_state_dict(self, state: Mapping) -> None:
         pass
-
-    def _pairs(self) -> list[tuple[InputAdapter, InputSpace]]:
-        of = {name: space for space in self.spaces or () for name in space.modules}
-        return [(adapter, of[adapter.name]) for adapter in self.adapters if adapter.name in of]
 
     def _off(self, weight: torch.Tensor, space: InputSpace) -> torch.Tensor:
         return project(weight, space, Point(self.rank, 1.0))

@@ -44,12 +44,17 @@ def starts(adapters: Sequence[InputAdapter]) -> list[torch.Tensor]:
     return [local(adapter.weight.detach()).clone() for adapter in adapters]
 
 
+def space_of(spaces: Sequence[InputSpace]) -> dict[str, InputSpace]:
+    """The space of each module, by its name."""
+    return {name: space for space in spaces for name in space.modules}
+
+
 @torch.no_grad()
 def put(
     adapters: Sequence[InputAdapter], start: Sequence[torch.Tensor], spaces: Sequence[InputSpace], point: Point
 ) -> None:
     """Set A of all `adapters` to the projection of its `start`. A that texts do not reach is only scaled."""
-    of = {name: space for space in spaces for name in space.modules}
+    of = space_of(spaces)
     for adapter, weight in zip(adapters, start):
         space = of.get(adapter.name)
         local(adapter.weight).copy_(point.scale * weight if space is None else project(weight, space, point))
