@@ -1,7 +1,13 @@
 """Retained texts under DDP and FSDP2: the same as in one process, and resumed to the same end."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
+from retained import adapted, sentences
 from safetensors.torch import load_file
 from test_distributed import LAUNCHES, SAME, SAVES, assert_identical, difference, launch, run
 
@@ -50,3 +56,25 @@ def test_a_trained_adapter_under_fsdp_is_refused(tmp_path):
     with pytest.raises(AssertionError):
         run(tmp_path, 2, **(SAME | LAUNCHES["fsdp"][1] | ON | {"trained_before": True}))
     assert "launch with DDP, or merge the adapter into the base model" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes(tmp_path):
+    adapted().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences()))
+    options = ["--retain_dataset", "texts.jsonl", "--dataset_name", str(ROOT / "recipes/quickstart/data")]
+    options += ["--ranks", "4", "--scales", "1"]
+    two = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "recipes/accelerate_configs/cpu_2proc.yaml"),
+        "-m",
+    ]
+    for out, launcher in (("one", []), ("two", two)):
+        command = [sys.executable, "-m", *launcher, "nspo2_trl.cli.retain", "adapter", *options, "--output_dir", out]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.count("Figures: ") == 1
+    one, other = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("one", "two"))
+    assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+    points = [json.loads((tmp_path / out / "retain.json").read_text())["points"] for out in ("one", "two")]
+    assert [p["loss"] for p in points[1]] == pytest.approx([p["loss"] for p in points[0]], rel=1e-5)

@@ -2,7 +2,8 @@
 
     nspo2 retain ADAPTER --retain_dataset TEXTS --dataset_name PAIRS --output_dir OUT
 
-Writes OUT: a plain PEFT adapter, retain.json with all that was measured, retain.png where there are pairs.
+Writes OUT: a plain PEFT adapter, retain.json with all that was measured, retain.png where there are pairs. Several
+processes share the texts and pairs: accelerate launch --num_processes 4 -m nspo2_trl.cli.retain ADAPTER ...
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -107,14 +109,14 @@ def load_model(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
     base = args.model_name_or_path or config.base_model_name_or_path
     if not base:
         raise ValueError("The adapter does not say what its base model is: set `--model_name_or_path`.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options: dict[str, Any] = {"dtype": args.dtype or ("float32" if device == "cpu" else "auto")}
+    device = PartialState(cpu=not torch.cuda.is_available()).device  # of this process
+    options: dict[str, Any] = {"dtype": args.dtype or ("float32" if device.type == "cpu" else "auto")}
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    else:
-        options["device_map"] = device if device == "cuda" else None
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **options)
         own = any((Path(args.adapter) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -179,8 +181,6 @@ def retain(args: argparse.Namespace) -> dict[str, Any]:
     else:
         chosen = choose(points, names, args.max_loss_increase)
     states[points.index(chosen)]()
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
     result = {
         **{"adapter": args.adapter, "base": base, "dataset_name": args.dataset_name, "beta": args.beta},
         **{"retain_dataset": names, "retain_eval_dataset": list(measured)[len(names) :], "tokens": tokens},
@@ -190,7 +190,10 @@ def retain(args: argparse.Namespace) -> dict[str, Any]:
     }
     if pairs:
         result["scaled_kl"] = {name: scaled_kl(points, name, chosen["loss"]) for name in measured}
-    (Path(args.output_dir) / "retain.json").write_text(json.dumps(result, indent=1))
+    if PartialState().is_main_process:
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        (Path(args.output_dir) / "retain.json").write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -224,6 +227,12 @@ def report(result: dict[str, Any], output_dir: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        report(retain(args), args.output_dir)
+        result = retain(args)
+        if PartialState().is_main_process:
+            report(result, args.output_dir)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
