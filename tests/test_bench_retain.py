@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import retain, retain_judge, retain_texts
+from bench import retain, retain_judge, retain_methods, retain_texts
 
 from nspo2_trl.projections.retain.collect import InputSpace
 
@@ -19,7 +20,7 @@ MODEL = str(ROOT / "recipes/quickstart/model")
 KINDS = ("prose", "python")
 
 
-def row(method="plain", seed=0, rank=0, scale=1.0, loss=0.5, kl=0.1, control=False):
+def row(method="plain", seed=0, rank=0, scale=1.0, loss=0.5, kl=0.1, control=""):
     figures = {kind: {"kl": kl, "loss_rise": kl} for kind in KINDS}
     same = {"form": "hard", "accuracy": 0.5, "margin": 0.0}
     return {"method": method, "seed": seed, "rank": rank, "scale": scale, "control": control, "loss": loss} | (
@@ -63,12 +64,21 @@ def test_shares_are_paired_by_seed():
 def test_lines_have_median_and_range_and_keep_controls_apart():
     rows = [row_ for seed in range(3) for row_ in frontier(seed)]
     rows += [row(seed=s, rank=12, loss=0.6, kl=f * math.exp(-6)) for s, f in enumerate((0.1, 0.4, 0.2))]
-    rows += [row(seed=s, rank=12, loss=0.6, kl=math.exp(-6), control=True) for s in range(3)]
-    lines = [retain_judge.cells(group) for group in retain_judge.settings(retain_judge.judge(rows))]
+    rows += [row(seed=s, rank=12, loss=0.6, kl=math.exp(-6), control="random") for s in range(3)]
+    groups = retain_judge.settings(retain_judge.judge(rows))
+    lines = [retain_judge.cells(group) for group in groups]
     assert len(lines) == 5 and all(line[3] == "3" for line in lines)
     ours, control = (line for line in lines if line[1].startswith("12"))
     assert ours[1] == "12 directions" and ours[-1].endswith(", 0.20 [0.10, 0.40]")
     assert control[1] == "12 random" and control[-1].endswith(", 1.00 [1.00, 1.00]")
+    compared = retain_judge.compare(retain_judge.lowest_loss(groups))
+    assert len(compared) == 2 and "prose: plain, 12 directions, has 0.20 [0.10, 0.40] of the share" in compared[0]
+
+
+def test_from_six_seeds_on_interval_and_p():
+    middle, p = retain_judge.ratio([math.log(0.5) + 0.01 * i for i in range(6)]).split(", p ")
+    assert middle.startswith("0.51 [0.5") and float(p) == pytest.approx(2 / 2**6, abs=1e-3)
+    assert "p" not in retain_judge.ratio([math.log(0.5)] * 5)
 
 
 def test_a_scale_is_chosen_by_loss_alone():
@@ -78,7 +88,7 @@ def test_a_scale_is_chosen_by_loss_alone():
 
 def test_pairs_keep_the_prompts_end_and_the_answers_beginnings():
     pair = {"prompt_ids": list(range(100)), "chosen_ids": list(range(50)), "rejected_ids": [7]}
-    short = retain.cut(pair)
+    short = retain_methods.cut(pair)
     assert short["prompt_ids"] == list(range(52, 100))
     assert short["chosen_ids"] == list(range(40)) and short["rejected_ids"] == [7]
 
@@ -90,20 +100,23 @@ def test_random_directions_are_as_many_and_others():
     torch.testing.assert_close(first.vectors.T @ first.vectors, torch.eye(4))
     assert not torch.allclose(first.vectors, second.vectors)
     assert torch.equal(retain.random_spaces([own], seed=5)[0].vectors, first.vectors)
+    other = InputSpace(["c"], torch.eye(20)[:, 4:8], torch.ones(4), torch.ones(4))
+    shifted = retain.shifted_spaces([own, other], 0)
+    assert torch.equal(shifted[0].vectors, other.vectors) and torch.equal(shifted[1].vectors, own.vectors)
 
 
 def test_what_is_measured_on_is_not_what_is_given(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    measured = retain_texts.domains([], tokenizer, 32, 6)
+    measured = retain_texts.domains([], [], tokenizer, 32, 6)
     assert list(measured) == ["prose", "python", "arithmetic", "chat"]
     assert {len(ids) for name in ("prose", "python", "arithmetic") for ids in measured[name]} == {32}
-    given = retain_texts.given_texts([], tokenizer, 32)
+    given = retain_texts.given_texts([], MODEL, 32, tmp_path)
     assert len(given) == retain_texts.GIVEN_CHUNKS
     assert not set(given) & {tokenizer.decode(ids) for ids in measured["prose"]}
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps({"text": f"Finn had {i} apples and a hat."}) + "\n" for i in range(10)))
-    given = retain_texts.given_texts([str(path)], tokenizer, 32)
-    held = [tokenizer.decode(ids) for ids in retain_texts.domains([str(path)], tokenizer, 32, 6)["prose"]]
+    given = retain_texts.given_texts([str(path)], MODEL, 32, tmp_path)
+    held = [tokenizer.decode(ids) for ids in retain_texts.domains([str(path)], [], tokenizer, 32, 6)["prose"]]
     assert (len(given), len(held)) == (8, 2) and not set(given) & set(held)
 
 
@@ -112,11 +125,16 @@ def test_sums_are_right():
     assert all(eval(line.split("=")[0]) == int(line.split("=")[1]) for line in lines) and len(lines) == 2000
 
 
+TEXTS = ROOT / "recipes/quickstart/texts"
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("retain")
-    small = "--seeds 0 --steps 5 --learning_rate 4e-3 --ranks 3 --scales 1.2 --held_out 6 --chunks 2 --name tiny"
-    argv = [*small.split(), "--output_dir", str(folder)]
+    small = "--seeds 0 --steps 5 --learning_rate 4e-3 --ranks 3 --scales 1.2 --held_out 6 --chunks 8 --name tiny"
+    methods = ["--methods", "kl2", "replay0.5", "frozen-a", "sft0.2"]
+    texts = ["--retain", str(TEXTS / "sums.jsonl.gz"), "--measure", f"sums={TEXTS / 'sums_test.jsonl.gz'}"]
+    argv = [*small.split(), *methods, *texts, "--output_dir", str(folder)]
     assert retain.run(argv) == 0
     return argv, folder
 
@@ -124,19 +142,20 @@ def study(tmp_path_factory):
 def test_a_study_has_all_rows_table_and_picture(study, capsys):
     argv, folder = study
     about, rows = retain_judge.read(folder / "retain-tiny.jsonl.gz")
-    assert len(rows) == 2 * (len(retain.ALONE) + 2) and (folder / "retain.png").stat().st_size > 1000
-    assert {(r["method"], r["rank"], r["control"]) for r in rows} == {
-        (method, *point) for method in ("plain", "kl2") for point in ((0, False), (3, False), (3, True))
-    }
-    assert all(figures["kl"] > 0 for r in rows for figures in r["retained"].values())
-    runs = {name: json.loads((folder / name / "run.json").read_text()) for name in ("plain-s0", "kl2-s0")}
-    assert runs["plain-s0"]["losses"][0] == pytest.approx(math.log(2))
-    assert runs["plain-s0"]["retain_ms"] is None and runs["kl2-s0"]["retain_ms"] > 0
-    assert runs["plain-s0"]["losses"] != runs["kl2-s0"]["losses"]
-    assert "5 steps of 12 pairs at rate 0.004" in retain_judge.words(about) and "KL term takes" in retain_judge.words(
-        about
+    assert len(rows) == 5 * len(retain.ALONE) + 2 + 3 and (folder / "retain.png").stat().st_size > 1000
+    projected = {(r["method"], r["rank"], r["control"]) for r in rows if r["rank"]}
+    assert projected == {("kl2", 3, ""), ("plain", 3, ""), *(("plain", 3, control) for control in retain.CONTROLS)}
+    assert all(r["retained"]["sums"]["kl"] > 0 and 0 <= r["right"] <= 1 for r in rows)
+    runs = {run["adapter"].removesuffix("-s0"): run for run in about["runs"]}
+    assert all(run["losses"][0] == pytest.approx(math.log(2)) for name, run in runs.items() if name == "plain")
+    assert runs["plain"]["retain_ms"] is None and runs["kl2"]["retain_ms"] > 0
+    assert len({tuple(run["losses"]) for run in runs.values()}) == 5  # each method does something
+    words = retain_judge.words(about)
+    assert "5 steps of 12 pairs at rate 0.004" in words and "KL term takes" in words
+    start, end = (
+        load_file(folder / "frozen-a-s0" / name / "adapter_model.safetensors") for name in (".", "checkpoint-4")
     )
-    assert [run["adapter"] for run in about["runs"]] == ["kl2-s0", "plain-s0"]
+    assert all(torch.equal(start[key], end[key]) == (".lora_A." in key) for key in start)
     retain_judge.show(rows, "tiny")
     assert "only scaled" in capsys.readouterr().out
 
@@ -158,5 +177,5 @@ def test_a_page_is_made_of_the_raw_file_alone(study, tmp_path):
     _, folder = study
     lines, pictures = retain_judge.section(folder, tmp_path)
     assert "### Forgotten by tiny" in lines and pictures == [tmp_path / "retain_tiny.png"] and pictures[0].exists()
-    assert sum(line.startswith("| plain | only scaled") for line in lines) == len(retain.ALONE)
+    assert sum(line.startswith("| plain | only scaled") for line in lines) == 1
     assert retain_judge.section(tmp_path, tmp_path) == ([], [])

@@ -1,13 +1,14 @@
 """Rows of `retain` judged: KL at equal held-out preference loss, as a share of what plain's scaled adapter has there.
 
-A row is one point of one adapter: method, seed, rank, scale, control (random K), loss, accuracy, margin, and per kind
-of text `retained` with kl and loss_rise.
+A row is one point of one adapter: method, seed, rank, scale, control (whose K), loss, accuracy, margin, and per kind
+of text `retained` with kl and loss_rise; `right`, the share of right sums, where there are any.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +19,21 @@ from rich.table import Table
 from nspo2_trl.cli.frontier import scaled_kl
 from nspo2_trl.cli.plots import COLORS
 
+from .retain_methods import METHODS, PROJECTED
+from .stats import interval, p_value
+
 Row = dict
-READING = """- One line a setting. KL(model without the adapter ‖ with it) is in nats per token, the median over
-  seeds. After it its share of what plain's adapter of the same seed has, merely scaled to the same held-out
-  preference loss: the median over seeds, and the range.
+READING = """- One line per adapter, at the scale of lowest mean held-out loss; the raw file has all scales.
+- KL(model without the adapter ‖ with it) is in nats per token, the median over seeds.
+- After it, its share of what plain's adapter of the same seed has, merely scaled to the same held-out loss: geometric
+  mean, 95 % bootstrap interval and p (sign-flip test that the share is 1, exact up to 13 seeds). Of fewer than 6
+  seeds: median and range.
 - Between the scales measured, plain's log KL is taken to be linear in its loss. A loss below all of them counts as the
   lowest. No share is given where the loss is above all of them.
-- Texts given to the method: other pages of the `prose`. The other kinds were never given. Seeds differ in the order
-  of the pairs and the start of LoRA, not in what is measured on.
-- Random: as many random orthonormal directions taken out of each input, a control."""
+- Seeds differ in the order of the pairs and the start of LoRA, not in what is measured on.
+- Controls: as many random orthonormal directions; K of the pairs' own texts; K of the next layer's input."""
+LOTS = ("scaled", "rank", "random", "pairs", "layer")
+CONTROLS = {"": "directions", "random": "random", "pairs": "of the pairs", "layer": "of another layer"}
 
 
 def kl_at(rows: Sequence[Row], kind: str, loss: float) -> float | None:
@@ -80,22 +87,49 @@ def mean(group: Sequence[Row], figure: str) -> float:
 
 
 def cells(group: Sequence[Row]) -> list[str]:
-    """The line of a setting: what it is, seeds, loss, and per kind of text KL with its share, median [range]."""
+    """The line of a setting: what it is, seeds, loss, and per kind of text KL with its share."""
     first = group[0]
-    method = "plain" if first["method"] == "plain" else f"KL term, weight {first['method'][2:]}"
-    what = "only scaled" if not first["rank"] else f"{first['rank']} {'random' if first['control'] else 'directions'}"
+    method = METHODS[first["method"]].words
+    what = "only scaled" if not first["rank"] else f"{first['rank']} {CONTROLS[first['control']]}"
     found = [method, what, f"{first['scale']:g}", str(len(group)), f"{mean(group, 'loss'):.3f}"]
+    if "right" in first:
+        found.append(f"{mean(group, 'right'):.3f}")
     for kind in first["retained"]:
         kl = statistics.median(row["retained"][kind]["kl"] for row in group)
-        shares = [row["share"].get(kind) for row in group]
-        text = f"{kl:.2g}"
-        if is_rival(first):
-            text += ", 1"
-        elif all(share is not None for share in shares):
-            text += f", {statistics.median(shares):.2f}"
-            text += f" [{min(shares):.2f}, {max(shares):.2f}]" if len(shares) > 1 else ""
-        found.append(text)
+        shares = logs(group, kind)
+        found.append(f"{kl:.2g}, " + ("1" if is_rival(first) else ratio(shares) if shares else "-"))
     return found
+
+
+def logs(group: Sequence[Row], kind: str) -> list[float] | None:
+    """Logarithms of the shares, one per seed; None where a seed has none."""
+    shares = [row["share"].get(kind) for row in group]
+    return None if None in shares else [math.log(max(share, 1e-9)) for share in shares]
+
+
+def ratio(values: Sequence[float]) -> str:
+    """Geometric mean, interval and p of ratios given as logarithms; of fewer than 6 median and range."""
+    p = p_value(values)
+    middle = statistics.median(values) if p is None else statistics.fmean(values)
+    low, high = (None if p is None else interval(values)) or (min(values), max(values))
+    text = f"{math.exp(middle):.2f}"
+    text += f" [{math.exp(low):.2f}, {math.exp(high):.2f}]" if len(values) > 1 else ""
+    return text if p is None else f"{text}, p {p:.3f}"
+
+
+def compare(groups: Sequence[list[Row]]) -> list[str]:
+    """Per kind of text: the lowest share of an adapter off our directions, against the lowest of one that is not."""
+    lines = []
+    for kind in groups[0][0]["retained"]:
+        known = [(found, group) for group in groups if (found := logs(group, kind)) and len(group) == len(groups[0])]
+        ranked = sorted(known, key=lambda pair: statistics.fmean(pair[0]))
+        ours = next((pair for pair in ranked if pair[1][0]["rank"] and not pair[1][0]["control"]), None)
+        rival = next((pair for pair in ranked if not pair[1][0]["rank"]), None)
+        if ours and rival:
+            names = [", ".join(cells(group)[:2]) for _, group in (ours, rival)]
+            differences = [a - b for a, b in zip(ours[0], rival[0], strict=True)]
+            lines.append(f"- {kind}: {names[0]}, has {ratio(differences)} of the share of {names[1]}.")
+    return lines
 
 
 def line(texts: Sequence[str]) -> str:
@@ -103,7 +137,8 @@ def line(texts: Sequence[str]) -> str:
 
 
 def head(rows: Sequence[Row]) -> list[str]:
-    return ["training", "taken out", "scale", "seeds", "held-out loss", *rows[0]["retained"]]
+    right = ["sums right"] if "right" in rows[0] else []
+    return ["training", "taken out", "scale", "seeds", "held-out loss", *right, *rows[0]["retained"]]
 
 
 def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
@@ -122,7 +157,9 @@ def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
             line(head(rows)),
             "|---" * len(head(rows)) + "|",
         ]
-        lines += [line(cells(group)) for group in settings(judge(rows))]
+        best = lowest_loss(settings(judge(rows)))
+        lines += [line(cells(group)) for group in best]
+        lines += ["", *compare(best)]
         lines += ["", f"![{name}: held-out preference loss against KL, by kind of text]({paths[-1].name})"]
     return ["## What it forgets", "", READING, *lines, ""] if lines else [], paths
 
@@ -131,13 +168,12 @@ def show(rows: Sequence[Row], title: str) -> None:
     table = Table(title=f"{title}: KL in nats per token, and its share of plain's, scaled to equal held-out loss")
     for name in head(rows):
         table.add_column(name, no_wrap=True)
-    groups = settings(judge(rows))
-    best = lowest_loss(groups)
-    for group in groups:
-        table.add_row(*cells(group), style="bold" if group in best else None)
+    best = lowest_loss(settings(judge(rows)))
+    for group in best:
+        table.add_row(*cells(group))
     console = Console()
     console.width = max(console.width, 210)
-    console.print(table)
+    console.print(table, *compare(best), sep="\n", markup=False)
 
 
 def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
@@ -149,7 +185,7 @@ def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
         lines: dict[str, dict[int, list[Row]]] = {}
         for row in rows:
-            if row["rank"] in (0, rank):
+            if row["rank"] in (0, rank) and row["method"] in PROJECTED:
                 label = ", ".join(cells([row | {"share": {}}])[:2])
                 lines.setdefault(label, {}).setdefault(row["seed"], []).append(row)
         for i, (label, seeds) in enumerate(sorted(lines.items(), key=lambda item: "plain" not in item[0])):
@@ -195,7 +231,7 @@ def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
         {"adapter": path.parent.name} | json.loads(path.read_text())
         for path in sorted(output_dir.glob("*-s*/run.json"))
     ]
-    lots = [path for kind in ("scaled", "rank", "random") for path in sorted(output_dir.glob(f"*-s*/{kind}*.json"))]
+    lots = [path for path in sorted(output_dir.glob("*-s*/*.json")) if path.name.startswith(LOTS)]
     rows = [row for path in lots for row in json.loads(path.read_text())]
     if not rows:
         return []

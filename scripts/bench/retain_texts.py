@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
+
 from nspo2_trl.training.retain import retained_texts
+from nspo2_trl.training.self_texts import SELF, self_texts
 
 from . import ROOT
 
@@ -56,27 +62,53 @@ def chunks(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> lis
     return pieces[:: max(1, len(pieces) // count)][:count]
 
 
-def _of(paths: list[str], tokenizer: Any, length: int) -> list[list[int]]:
-    """Token ids of the texts of files and folders; nothing is written by a model, so none is needed."""
-    count, option = 2 * GIVEN_CHUNKS, "--retain"
-    return [text for path in paths for text in retained_texts(None, path, tokenizer, count, length, option)]
+def _of(paths: list[str], tokenizer: Any, length: int, count: int = 2 * GIVEN_CHUNKS) -> list[list[int]]:
+    """Token ids of the texts of files and folders."""
+    files = [path for path in paths if path != SELF]
+    return [text for path in files for text in retained_texts(None, path, tokenizer, count, length, "--retain")]
 
 
-def given_texts(paths: list[str], tokenizer: Any, length: int) -> list[str]:
-    """The texts that the method is given, `length` tokens each; the prose that is not held out if no path is given."""
-    ids = _of(paths, tokenizer, length)
-    if ids:
-        ids = [text for i, text in enumerate(ids) if i % 5 != 4]
+def given_texts(paths: list[str], model: str, length: int, folder: Path) -> list[str]:
+    """The texts that methods are given, `length` tokens each; the prose that is not held out if no path is given.
+
+    `self`: the model writes them, and keeps them in `folder`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if paths == [SELF]:
+        writer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        ids = self_texts(
+            get_peft_model(writer, LoraConfig(target_modules="all-linear")),
+            tokenizer,
+            GIVEN_CHUNKS,
+            length,
+            folder=folder,
+        )
+    else:
+        ids = [text for i, text in enumerate(_of(paths, tokenizer, length)) if i % 5 != 4]
     return [tokenizer.decode(piece) for piece in ids or chunks(topics(False), tokenizer, length, GIVEN_CHUNKS)]
 
 
-def domains(paths: list[str], tokenizer: Any, length: int, count: int) -> dict[str, list[list[int]]]:
-    """Token ids to measure on, by kind of text; the first kind is held out of what the method is given."""
-    ids = _of(paths, tokenizer, length)
-    given = [text for i, text in enumerate(ids) if i % 5 == 4][:count]
+def domains(
+    paths: list[str], measure: list[str], tokenizer: Any, length: int, count: int
+) -> dict[str, list[list[int]]]:
+    """Token ids to measure on, by kind of text: those of `measure` (NAME=FILE), or else four kinds.
+
+    Of the four the first is held out of what methods are given.
+    """
+    if measure:
+        return {name: _of([path], tokenizer, length, count) for name, path in (text.split("=", 1) for text in measure)}
+    given = [text for i, text in enumerate(_of(paths, tokenizer, length)) if i % 5 == 4][:count]
     return {
         "prose": given or chunks(topics(True), tokenizer, length, count),
         "python": chunks(source(), tokenizer, length, count),
         "arithmetic": chunks(arithmetic(), tokenizer, length, count),
         "chat": [ids[:length] for ids in chat(tokenizer)[:count]],
     }
+
+
+def right_sums(model: Any, tokenizer: Any, texts: list[list[int]]) -> float:
+    """Share of sums that the model does right; see recipes/quickstart/sums.py."""
+    sys.path.insert(0, str(ROOT / "recipes/quickstart"))
+    from sums import right
+
+    return right(model, tokenizer, [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts])
