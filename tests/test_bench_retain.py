@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +131,7 @@ TEXTS = ROOT / "recipes/quickstart/texts"
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("retain")
     small = "--seeds 0 --steps 5 --learning_rate 4e-3 --ranks 3 --scales 1.2 --held_out 6 --chunks 8 --name tiny"
-    methods = ["--methods", "kl2", "replay0.5", "frozen-a", "sft0.2"]
+    methods = ["--methods", "kl2", "replay0.5", "frozen-a"]
     texts = ["--retain", str(TEXTS / "sums.jsonl.gz"), "--measure", f"sums={TEXTS / 'sums_test.jsonl.gz'}"]
     argv = [*small.split(), *methods, *texts, "--output_dir", str(folder)]
     assert retain.run(argv) == 0
@@ -142,20 +141,16 @@ def study(tmp_path_factory):
 def test_a_study_has_all_rows_table_and_picture(study, capsys):
     argv, folder = study
     about, rows = retain_judge.read(folder / "retain-tiny.jsonl.gz")
-    assert len(rows) == 5 * len(retain.ALONE) + 2 + 3 and (folder / "retain.png").stat().st_size > 1000
+    assert len(rows) == 4 * len(retain.ALONE) + 2 + 3 and (folder / "retain.png").stat().st_size > 1000
     projected = {(r["method"], r["rank"], r["control"]) for r in rows if r["rank"]}
     assert projected == {("kl2", 3, ""), ("plain", 3, ""), *(("plain", 3, control) for control in retain.CONTROLS)}
     assert all(r["retained"]["sums"]["kl"] > 0 and 0 <= r["right"] <= 1 for r in rows)
     runs = {run["adapter"].removesuffix("-s0"): run for run in about["runs"]}
     assert all(run["losses"][0] == pytest.approx(math.log(2)) for name, run in runs.items() if name == "plain")
     assert runs["plain"]["retain_ms"] is None and runs["kl2"]["retain_ms"] > 0
-    assert len({tuple(run["losses"]) for run in runs.values()}) == 5  # each method does something
+    assert len({tuple(run["losses"]) for run in runs.values()}) == 4  # each method does something
     words = retain_judge.words(about)
     assert "5 steps of 12 pairs at rate 0.004" in words and "KL term takes" in words
-    start, end = (
-        load_file(folder / "frozen-a-s0" / name / "adapter_model.safetensors") for name in (".", "checkpoint-4")
-    )
-    assert all(torch.equal(start[key], end[key]) == (".lora_A." in key) for key in start)
     retain_judge.show(rows, "tiny")
     assert "only scaled" in capsys.readouterr().out
 

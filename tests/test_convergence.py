@@ -349,6 +349,7 @@ def test_every_method_has_words():
     assert [name for name in methods.WORDS if name in methods.METHODS] == list(methods.METHODS)
 
 
+@pytest.mark.slow
 def test_random_directions_remove_what_their_number_says():
     removed = {}
     for method in ("keep", "random"):

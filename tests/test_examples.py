@@ -11,6 +11,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
+@pytest.mark.slow
 def test_policy_gradient_example_prints_the_variance_with_and_without():
     command = [sys.executable, "examples/reinforce.py", "--steps", "40", "--batches", "40"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -36,6 +37,7 @@ def test_comparison_on_the_quadratic(tmp_path, capsys):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_comparison_on_a_recipe(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     import compare

@@ -46,6 +46,7 @@ def test_resumes_to_the_same_end(launch, tmp_path, name):
     assert_identical(again, whole)
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_goes_on_under_ddp(launch):
     options = ON | {"trained_before": True}
     assert difference(launch("ddp", **options), launch("one", **options)) < 1e-5

@@ -11,9 +11,12 @@ from transformers import TrainerCallback
 from nspo2_trl import NSPO2Config, attach_nspo2
 from nspo2_trl.retain_config import RetainConfig
 
-WRITERS = [kind for kind in KINDS if kind != "Reward"]
 OFF = {"nspo2_projection_rank": 0, "nspo2_retain_kl": 0, "nspo2_retain_project": "no"}
 WEIGHT = 3.0
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def retaining(kind, pairs, folder, texts=None, steps=2, **options):
@@ -80,13 +83,16 @@ SPLITS = {  # the same texts: one per micro-batch, or all in one
 }
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [("SFT", "at once"), ("KTO", "accumulated"), ("GRPO", "accumulated")]
+    + [slow("SFT", "accumulated"), slow("KTO", "at once"), slow("GRPO", "at once")],
+)
 def test_the_kl_term_has_its_weight_in_the_gradient(kind, split, pairs, tmp_path):
     check_weight(kind, pairs, tmp_path, numbers=[0, 1], **SPLITS[split])
 
 
-@pytest.mark.parametrize("kind", ["SFT", "KTO"])
+@pytest.mark.parametrize("kind", ["SFT", slow("KTO")])
 def test_also_where_the_last_step_has_fewer_micro_batches(kind, pairs, tmp_path):
     check_weight(kind, pairs.select(range(2)), tmp_path, numbers=[0], gradient_accumulation_steps=2)
 
@@ -109,7 +115,7 @@ def check_weight(kind, pairs, folder, numbers, **options):
         torch.testing.assert_close(found[WEIGHT][name] - found[0.0][name], grad, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", ["SFT", slow("KTO"), slow("GRPO")])
 def test_the_model_is_kept_closer(kind, pairs, tmp_path):
     kl = {}
     for name, options in {"plain": {"nspo2_retain_kl": 0, "nspo2_retain_project": "no"}, "kept": {}}.items():
