@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,8 @@ class Stack:
         process_group: the processes that share the work on the blocks, each with some of the columns; None for one.
     """
 
+    _BUFFERS = ("full", "views", "grad", "before", "moves")
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -60,6 +63,23 @@ class Stack:
             self.places.append(_Place(param, len(self.names), start, transposed))
             start += shape.numel()
         self.names.append(name)
+
+    def is_of(self, units: Mapping[str, tuple]) -> bool:
+        """Whether each block here is one of [`units`], given by name, with the same parameters."""
+        own: dict[str, list[nn.Parameter]] = {name: [] for name in self.names}
+        for place in self.places:
+            own[self.names[place.block]].append(place.param)
+        return all(
+            name in units and list(map(id, params)) == list(map(id, units[name][1])) for name, params in own.items()
+        )
+
+    def __getstate__(self) -> dict:
+        """Without buffers: not every serializer keeps a view and its buffer together."""
+        return {name: value for name, value in vars(self).items() if name not in self._BUFFERS}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.build()
 
     def build(self) -> None:
         """Make the buffers, when all blocks are there."""

@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 class NoiseProjection:
     """All blocks of a model, stacked by shape and device, and the [`NoiseFilter`] of each stack.
 
-    With `apply_to="gradient"` `before_step` filters the gradients in place; with `"update"` `after_step` filters what
-    the optimizer changed.
+    With `apply_to="gradient"` `before_step` filters gradients in place; with `"update"` `after_step` filters changes.
 
     Args:
         blocks: what forms a block. config: options, shared by all of them. recent: see [`NoiseFilter`].
@@ -53,20 +52,31 @@ class NoiseProjection:
         self.sentinel = BiasSentinel.of(self.config)
         self.stacks: list[Stack] = []
         self.filters: list[NoiseFilter] = []
-        self.add(blocks, layout or {})
         self.skipped_steps = 0
+        self._add(units(blocks, self.config.covariance), layout or {})
         self._samples: list[torch.Tensor | None] = []  # of the step, for each stack; empty where it is left out
         self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
 
-    def add(self, blocks: list[Block], layout: Mapping[str, int]) -> None:
-        """Take up more blocks; their estimate starts now."""
-        found: dict[tuple, Stack] = {}
-        for name, params, shape in units(blocks, self.config.covariance):
+    def follow(self, blocks: list[Block]) -> None:
+        """Filter `blocks` from now on: the estimate of stacks whose blocks are all among them as they were goes on."""
+        found = {unit[0]: unit for unit in units(blocks, self.config.covariance)}
+        progress = self.filters[0].progress
+        kept = [i for i, stack in enumerate(self.stacks) if stack.is_of(found)]
+        self.stacks, self.filters = [self.stacks[i] for i in kept], [self.filters[i] for i in kept]
+        there = self._names()
+        self._add((found[name] for name in found if name not in there), {})
+        self.set_progress(progress)
+
+    def _add(self, found: Iterable[tuple], layout: Mapping[str, int]) -> None:
+        """Stack what [`units`] gave; its estimate starts now."""
+        order = {name: i for i, name in enumerate(layout)}
+        stacks: dict[tuple, Stack] = {}
+        for name, params, shape in sorted(found, key=lambda unit: order.get(unit[0], len(order))):
             key = (*shape, params[0].device, params[0].dtype, layout.get(name))
-            if key not in found:
-                found[key] = Stack(shape, params[0].device, self.updates, self.process_group)
-            found[key].add(name, params)
-        for stack in found.values():
+            if key not in stacks:
+                stacks[key] = Stack(shape, params[0].device, self.updates, self.process_group)
+            stacks[key].add(name, params)
+        for stack in stacks.values():
             if self.config.eigensolver == "exact":
                 check_exact(stack.shape[1], stack.shards)
             stack.build()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import count
 from typing import Any, overload
 
 import torch
@@ -16,6 +18,7 @@ from ..layout.adapters import lora_blocks
 from ..layout.blocks import Block, params_outside
 from ..projections.noise import NoiseProjection
 from ..projections.protocol import Step
+from .wrapper import Wrapper
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ def create_nspo2_optimizer(
     found = None
     if isinstance(params, nn.Module):
         found = _module_blocks(params)
-        params = (p for p in params.parameters() if p.requires_grad)
+        params = params.parameters() if found else ()  # frozen ones too, which may be unfrozen later
     if not (params := list(params)):
         raise ValueError("`params` holds no trainable parameter: pass `model.parameters()` or the model itself.")
     optimizer = optimizer_cls(params, **(optimizer_kwargs or {}))
@@ -67,41 +70,26 @@ def create_nspo2_optimizer(
     return NSPO2Optimizer(optimizer, config, found)
 
 
-def _inner(name: str) -> property:
-    """An attribute of the optimizer inside; what the base constructor sets, before `nspo2` is there, is lost."""
-
-    def get(self: NSPO2Optimizer) -> Any:
-        return getattr(self.optimizer, name)
-
-    def put(self: NSPO2Optimizer, value: Any) -> None:
-        if "nspo2" in self.__dict__:
-            setattr(self.optimizer, name, value)
-
-    return property(get, put)
-
-
-class NSPO2Optimizer(torch.optim.Optimizer):
+class NSPO2Optimizer(Wrapper):
     """A torch optimizer whose steps are filtered by NSPO2; `create_nspo2_optimizer` makes one.
 
-    It shares `param_groups` and `state` with the optimizer inside, so that schedulers, gradient scalers, clipping and
-    Accelerate work on it as on any other. One step is one gradient sample. A step whose gradient has NaN or Inf is
-    not taken, and is counted.
+    Schedulers, gradient scalers, clipping and Accelerate work on it as on any other, see [`Wrapper`]. One step is one
+    gradient sample. A step whose gradient has NaN or Inf is not taken, and is counted. Each step asks the optimizer
+    inside what it holds: a parameter that has come or is trainable since becomes a block of its own.
 
     Args:
         optimizer: the optimizer to wrap. config: the options.
-        blocks: what is filtered as one; each parameter for itself if left out.
+        blocks: what is filtered as one; each trainable parameter for itself if left out.
     """
 
+    _own = ("optimizer", "config", "blocks", "others", "enabled", "nspo2")
+
     def __init__(self, optimizer: torch.optim.Optimizer, config: NSPO2Config, blocks: list[Block] | None = None):
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS evaluates its closure several times a step, each with another gradient, which NSPO2 cannot "
-                "filter: use a first-order optimizer such as torch.optim.AdamW."
-            )
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         params = self._params()
+        trained = [p for p in params if p.requires_grad]
         if blocks is None:
-            blocks = [Block(f"param {i}", [p]) for i, p in enumerate(params)]
+            blocks = [Block(f"param {i}", [p]) for i, p in enumerate(params) if p.requires_grad or not trained]
         left = {id(p) for p in params}
         for block in blocks:
             if not block.params or any(id(p) not in left for p in block.params):
@@ -110,33 +98,40 @@ class NSPO2Optimizer(torch.optim.Optimizer):
                     "block before."
                 )
             left -= {id(p) for p in block.params}
-        super().__init__(optimizer.param_groups, optimizer.defaults)
+        if not blocks:
+            raise ValueError("`blocks` is empty: leave it out to filter each parameter for itself.")
         self.config, self.blocks, self.enabled = config, list(blocks), True
-        self.others = params_outside(blocks, params)
+        self.others = params_outside(blocks, trained)
         self.nspo2 = NoiseProjection(blocks, config, recent=True)
 
-    def _params(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    # what the base class keeps for itself is the inner optimizer's here; what its constructor sets is dropped
-
-    param_groups, state, defaults = _inner("param_groups"), _inner("state"), _inner("defaults")
+    def _follow(self, also: Iterable[int] = ()) -> None:
+        """Filter what the optimizer inside holds now: what is trainable, or has its index in `also`."""
+        params = self._params()
+        held = {id(p) for p in params}
+        known = {id(p) for p in (*self.others, *(p for block in self.blocks for p in block.params))}
+        new = {
+            i: p
+            for i, p in enumerate(params)
+            if id(p) not in known and (p.requires_grad or p.grad is not None or i in also)
+        }
+        if not new and known <= held:
+            return
+        self.others = [p for p in self.others if id(p) in held]
+        left = [Block(block.name, [p for p in block.params if id(p) in held]) for block in self.blocks]
+        left = [block for block in left if block.params]
+        taken = {block.name for block in left}
+        for i, p in new.items():
+            name = next(name for n in count(i) if (name := f"param {n}") not in taken)
+            taken.add(name)
+            left.append(Block(name, [p]))
+        if left:
+            self.blocks = left
+            self.nspo2.follow(left)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; each becomes a block of its own, and the noise estimate of the others goes on."""
-        if any(param_group is group for group in self.optimizer.param_groups):
-            return  # from the base class's constructor
-        before = len(self._params())
         self.optimizer.add_param_group(param_group)
-        added = [Block(f"param {before + i}", [p]) for i, p in enumerate(self._params()[before:])]
-        self.blocks += added
-        self.nspo2.add(added, {})
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def __getstate__(self) -> dict:
-        return {name: self.__dict__[name] for name in ("optimizer", "config", "blocks", "others", "enabled", "nspo2")}
+        self._follow()
 
     def set_enabled(self, enabled: bool) -> None:
         """Off, a step is the inner optimizer's own to the bit, and nothing is learned."""
@@ -145,32 +140,41 @@ class NSPO2Optimizer(torch.optim.Optimizer):
             part.previous = None  # the steps in between are no noise
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, **options: Any) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], **options: Any) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Filter and step. A closure is evaluated once, before; its loss is reported, see `report`."""
+    def step(self, closure: Callable[[], float] | None = None, **options: Any) -> float | None:
+        """Filter and step, with the `options` of the inner `step`.
+
+        A closure is evaluated once, before; its loss is reported, see `report`.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.enabled:
-            self.optimizer.step()
+        self._follow()
+        if not self.enabled or self._is_probe():
+            self.optimizer.step(**options)
             return loss
         self.nspo2.read_grads()
         # entries of the gradients that are not filtered: of parameters in no block, and sparse ones
         sparse = [p for block in self.blocks for p in block.params if p.grad is not None and p.grad.is_sparse]
         others = [entries(p.grad) for p in (*self.others, *sparse) if p.grad is not None]
         if self.nspo2.before_step(Step(others=others)):
-            self.optimizer.step()
+            self.optimizer.step(**options)
             self.nspo2.after_step()
             self._look(loss)
         elif self.config.projection_rank == 0 or not any_bad(p.grad for p in self._params()):
-            self.optimizer.step()
+            self.optimizer.step(**options)
         return loss
+
+    def _is_probe(self) -> bool:
+        """Whether gradients and rates are all 0: torch's checkpoints step so to have the optimizer make its state."""
+        still = all(float(group.get("lr", 0)) == 0 for group in self.param_groups)
+        return still and not any(entries(p.grad).any() for p in self._params() if p.grad is not None)
 
     def _look(self, loss: float | None) -> None:
         """Have the sentinel see the loss of a closure, and at times what it can see from here."""
@@ -198,7 +202,7 @@ class NSPO2Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """The inner optimizer's state, and NSPO2's under the key `nspo2`: tensors and plain numbers."""
-        return self.optimizer.state_dict() | {"nspo2": self.nspo2.state_dict() | {"enabled": self.enabled}}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping) -> None:
         """Bring back what `state_dict` gave; a state of the bare optimizer too, with a fresh noise estimate.
@@ -206,8 +210,16 @@ class NSPO2Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state was saved for other parameters, blocks or ranks.
         """
-        state = dict(state_dict)
+        super().load_state_dict(state_dict)
+
+    def _save(self) -> dict:
+        self._follow()
+        return super()._save() | {"nspo2": self.nspo2.state_dict() | {"enabled": self.enabled}}
+
+    def _load(self, state: dict) -> None:
         own = state.pop("nspo2", None)
+        # what was unfrozen by then, and is not yet here
+        self._follow([int(i) for name in (own or {}).get("blocks", ()) for i in re.findall(r"^param (\d+)", name)])
         fresh = NoiseProjection(self.blocks, self.config, recent=True, layout=own and own["blocks"])
         if own is None:
             logger.warning("The optimizer state holds no NSPO2 state: the noise estimate starts anew.")
@@ -220,5 +232,5 @@ class NSPO2Optimizer(torch.optim.Optimizer):
                 "and blocks that it was saved with, or delete the key 'nspo2' to start afresh."
             ) from error
         self.enabled = own["enabled"]
-        self.optimizer.load_state_dict(state)
+        super()._load(state)
         self.nspo2 = fresh

@@ -1,0 +1,131 @@
+"""Wrapper: an optimizer that stands for another one, with its groups, its state and its attributes."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import sys
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _inner(name: str) -> property:
+    """An attribute of the optimizer inside."""
+    return property(lambda self: getattr(self.optimizer, name), lambda self, v: setattr(self.optimizer, name, v))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one: torch takes it for any optimizer, users for the one inside.
+
+    Groups, state and defaults are those of the optimizer inside, and so is every public attribute that the wrapper
+    has not itself; hooks are the wrapper's own.
+
+    Args:
+        optimizer: the one inside.
+
+    Raises:
+        ValueError: it evaluates gradients itself, as LBFGS and SAM do.
+    """
+
+    optimizer: torch.optim.Optimizer
+    _own: tuple[str, ...] = ("optimizer",)  # attributes that are never the inner one's, and are pickled
+    _step_supports_amp_scaling = False  # a gradient scaler is to unscale before `step`
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+        needed = (a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments)
+        if any(needed) or hasattr(optimizer, "first_step"):
+            raise ValueError(
+                f"{type(optimizer).__name__} evaluates its closure several times a step, or elsewhere than at the "
+                "parameters, each with another gradient, which NSPO2 cannot filter: use a first-order optimizer such "
+                "as torch.optim.AdamW."
+            )
+        # what the base constructor does besides groups, state and defaults, which are there
+        self.__setstate__({"optimizer": optimizer})
+
+    param_groups, state, defaults = _inner("param_groups"), _inner("state"), _inner("defaults")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self._own or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if own or not hasattr(self.optimizer, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __getstate__(self) -> dict:
+        return {name: self.__dict__[name] for name in self._own}
+
+    def _params(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        self.optimizer.zero_grad(*args, **kwargs)
+
+    def state_dict(self) -> dict:
+        """What `_save` gives, after and before the hooks that are registered here.
+
+        Raises:
+            ValueError: torch's `get_optimizer_state_dict` asks for it in a form that has no place for all of it.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = _packed(self._save())
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        state = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state)
+            state = state if changed is None else changed
+        self._load(_unpacked(state))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _save(self) -> dict:
+        return self.optimizer.state_dict()
+
+    def _load(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+# torch's `get_optimizer_state_dict` keeps the entries `state` and `param_groups` and drops any other, so what it asks
+# for has the others in a group: as bytes, which no helper casts, reshapes or takes apart.
+_CHECKPOINT, _KEPT, _PACKED = "torch.distributed.checkpoint.state_dict", ("state", "param_groups"), "packed"
+
+
+def _packed(state: dict) -> dict:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
+        frame = frame.f_back
+    if frame is None:
+        return state
+    if getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False):
+        raise ValueError(
+            "`flatten_optimizer_state_dict` has no place for NSPO2's part of the optimizer's state: leave it out, or "
+            "save `optimizer.state_dict()`."
+        )
+    file = io.BytesIO()
+    torch.save({name: value for name, value in state.items() if name not in _KEPT}, file)
+    first, *others = state["param_groups"]
+    return {"state": state["state"], "param_groups": [first | {_PACKED: file.getvalue()}, *others]}
+
+
+def _unpacked(state: dict) -> dict:
+    groups = state.get("param_groups", [])
+    packed = [group[_PACKED] for group in groups if _PACKED in group]
+    if not packed:
+        return state
+    groups = [{name: value for name, value in group.items() if name != _PACKED} for group in groups]
+    return state | {"param_groups": groups} | torch.load(io.BytesIO(packed[0]), weights_only=True)

@@ -1,0 +1,204 @@
+"""What users do with an optimizer besides `step`: the wrapper does it too, or says that it does not."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from test_optimizer import copies, network, options, same, train, wrapped
+from torch import nn, optim
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from nspo2_trl import NSPO2, create_nspo2_optimizer
+
+
+def filtered(optimizer):
+    """Parameters that are filtered, by what has an active basis."""
+    return {id(place.param) for stack in optimizer.nspo2.stacks for place in stack.places}
+
+
+def through_torch(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+SERIALIZERS = {"pickle": lambda pair: pickle.loads(pickle.dumps(pair)), "torch": through_torch, "copy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("how", SERIALIZERS)
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_trains_on_alike_after_a_serializer(how, space):
+    model = network()
+    optimizer = wrapped(model, optim.AdamW, apply_to=space)
+    train(model, optimizer, 5)
+    other, other_optimizer = SERIALIZERS[how]((model, optimizer))
+    off = copy.deepcopy((model, optimizer))
+    off[1].set_enabled(False)
+    expected = train(model, optimizer, 6)
+    assert same(expected, train(other, other_optimizer, 6)) and not same(expected, train(*off, 6))
+
+
+@pytest.mark.parametrize("how", SERIALIZERS)
+def test_by_hand_goes_on_alike_after_a_serializer(how):
+    torch.manual_seed(0)
+    first = NSPO2(options(), recent=True)
+    rows = torch.randn(12, 30) * torch.logspace(1, -1, 30)
+    for row in rows[:6]:
+        first.hook(row)
+        first.step_end()
+    second = SERIALIZERS[how](first)
+    for row in rows[6:]:
+        assert torch.equal(first.hook(row), second.hook(row)) and not torch.equal(first.hook(row), row)
+        second.hook(row)
+        first.step_end(), second.step_end()
+
+
+def frozen():
+    model = network()
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("how", ["model", "parameters", "blocks"])
+def test_a_layer_that_is_unfrozen_later_is_trained_and_filtered(how):
+    model = frozen()
+    params = model if how == "model" else model.parameters()
+    blocks = [list(model[2].parameters())] if how == "blocks" else None
+    optimizer = create_nspo2_optimizer(params, optim.AdamW, {"lr": 0.01}, options(), blocks)
+    before = copies(model.parameters())
+    train(model, optimizer, 5)
+    assert same(before[:2], copies(model[0].parameters())) and len(filtered(optimizer)) == 2
+    model[0].requires_grad_(True)
+    train(model, optimizer, 5)
+    assert filtered(optimizer) == {id(p) for p in model.parameters()}
+    assert [part.step_count for part in optimizer.nspo2.filters][-2:] == [5, 5]
+
+    # resumed while the layer is frozen, as the script begins
+    saved, weights = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    other = frozen()
+    other.load_state_dict(weights)
+    params = other if how == "model" else other.parameters()
+    blocks = [list(other[2].parameters())] if how == "blocks" else None
+    resumed = create_nspo2_optimizer(params, optim.AdamW, {"lr": 0.01}, options(), blocks)
+    resumed.load_state_dict(saved)
+    other[0].requires_grad_(True)
+    assert same(train(model, optimizer, 4), train(other, resumed, 4))
+
+
+def added_inside(model, new, optimizer):
+    optimizer.optimizer.add_param_group({"params": list(new.parameters())})
+
+
+def edited_group(model, new, optimizer):
+    optimizer.param_groups[0]["params"] += list(new.parameters())
+
+
+def appended_group(model, new, optimizer):
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": list(new.parameters())})
+
+
+def swapped(model, new, optimizer):
+    optimizer.param_groups[0]["params"][:2] = list(new[0].parameters())
+
+
+def removed(model, new, optimizer):
+    del optimizer.param_groups[0]["params"][:2]
+
+
+def replaced(model, new, optimizer):
+    optimizer.param_groups = [{**optimizer.param_groups[0], "params": list(new.parameters())}]
+
+
+@pytest.mark.parametrize("covariance", ["adapter", "factored"])
+@pytest.mark.parametrize("change", [added_inside, edited_group, appended_group, swapped, removed, replaced])
+def test_what_the_optimizer_holds_is_filtered(change, covariance):
+    """Also when it is changed behind the wrapper: what comes is filtered, what goes is left alone."""
+    model, new = network(), network(seed=5)
+    optimizer = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.01}, options(covariance=covariance))
+    train(model, optimizer, 5)
+    change(model, new, optimizer)
+    both = nn.ModuleList([model, new])
+    gone = [p for p in model.parameters() if id(p) not in {id(q) for q in optimizer._params()}]
+    for p in both.parameters():
+        p.grad = torch.ones_like(p)
+    before = copies(optimizer._params())
+    for _ in range(4):
+        for p in both.parameters():
+            p.grad = torch.randn_like(p)
+        kept = copies(p.grad for p in gone)
+        optimizer.step()
+    assert filtered(optimizer) == {id(p) for p in optimizer._params()}
+    assert all(part.is_active for part in optimizer.nspo2.filters)
+    assert not any(torch.equal(a, b) for a, b in zip(before, optimizer._params(), strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(gone, kept))
+    assert optimizer.get_metrics()["step_count"] == (9 if change is not replaced else 4)
+
+    # the state is brought back by one that holds the same
+    same_again = copy.deepcopy(optimizer)
+    same_again.load_state_dict(optimizer.state_dict())
+
+
+# ---- state, by torch's own helpers ----
+
+
+def by_helper(model, optimizer, path):
+    return get_state_dict(model, optimizer)
+
+
+def gathered(model, optimizer, path):
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def through_a_file(model, optimizer, path):
+    """Loading needs a template, of a model and an optimizer that have not trained."""
+    template = network(seed=9)
+    states = get_state_dict(template, wrapped(template, type(optimizer.optimizer), lr=0.01))
+    checkpoint.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=path)
+    found = dict(zip(("model", "optimizer"), states))
+    checkpoint.load(found, checkpoint_id=path)
+    return found["model"], found["optimizer"]
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.AdamW])
+@pytest.mark.parametrize("how", [by_helper, gathered, through_a_file])
+def test_torchs_checkpoint_helpers_keep_all_of_the_state(how, cls, tmp_path):
+    model, other = network(), network(seed=9)
+    optimizer, resumed = wrapped(model, cls, lr=0.01), wrapped(other, cls, lr=0.01)
+    get_optimizer_state_dict(model, optimizer)  # makes the optimizer's state by a step of zeros, which is no sample
+    assert optimizer.get_metrics()["step_count"] == 0
+    train(model, optimizer, 5)
+    states = copy.deepcopy(how(model, optimizer, tmp_path))
+    set_state_dict(other, resumed, model_state_dict=states[0], optim_state_dict=states[1])
+    assert "packed" not in resumed.param_groups[0]
+    assert same(train(model, optimizer, 5), train(other, resumed, 5)) and optimizer.get_metrics()["is_active"]
+
+
+def test_a_flat_state_is_refused():
+    model = network()
+    with pytest.raises(ValueError, match="`flatten_optimizer_state_dict` has no place for NSPO2's part"):
+        get_optimizer_state_dict(model, wrapped(model), options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+
+def test_hooks_of_the_wrapper_are_called_with_all_of_the_state():
+    model, seen = network(), []
+    optimizer = wrapped(model)
+    optimizer.register_state_dict_pre_hook(lambda opt: seen.append("save"))
+    optimizer.register_state_dict_post_hook(lambda opt, state: state | {"mark": opt is optimizer and "nspo2" in state})
+    optimizer.register_state_dict_post_hook(lambda opt, state: seen.append(state["mark"]))
+    optimizer.register_load_state_dict_pre_hook(lambda opt, state: seen.append(state.pop("mark")))
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append(opt.get_metrics()["step_count"]))
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append("before"))
+    handle = optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append("after"))
+    train(model, optimizer, 1)
+    handle.remove()
+    train(model, optimizer, 1)
+    optimizer.load_state_dict(saved := optimizer.state_dict())
+    assert seen == ["before", "after", "before", "save", True, True, 2] and "mark" in saved
