@@ -8,13 +8,14 @@ import pytest
 import torch
 from test_optimizer import copies, network, options, same, train, wrapped
 from torch import nn, optim
-from torch.distributed import checkpoint
+from torch.distributed import checkpoint, init_device_mesh
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 
 from nspo2_trl import NSPO2, create_nspo2_optimizer
 
@@ -202,3 +203,88 @@ def test_hooks_of_the_wrapper_are_called_with_all_of_the_state():
     train(model, optimizer, 1)
     optimizer.load_state_dict(saved := optimizer.state_dict())
     assert seen == ["before", "after", "before", "save", True, True, 2] and "mark" in saved
+
+
+# ---- what parameters are ----
+
+
+class Mixed(nn.Module):
+    """One module, so one block, with parameters of several dtypes."""
+
+    def __init__(self, *dtypes):
+        super().__init__()
+        torch.manual_seed(0)
+        for i, dtype in enumerate(dtypes):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(3, 5, dtype=dtype)))
+
+
+def descend(model, optimizer, steps=8):
+    """Down a quadratic with noise, which has complex gradients where the parameters are complex."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            (p - noise).abs().square().sum().backward()
+        optimizer.step()
+    return copies(model.parameters())
+
+
+DTYPES = [
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.float32, torch.float64),
+    (torch.complex64,),
+    (torch.float32, torch.complex128),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_parameters_of_any_dtypes_in_one_block_are_as_exact_as_they_are(dtypes, space):
+    model, double, plain = Mixed(*dtypes), Mixed(*dtypes), Mixed(*dtypes)
+    optimizer = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.1}, options(apply_to=space))
+    got = descend(model, optimizer)
+    assert not same(got, descend(plain, optim.SGD(plain.parameters(), lr=0.1)))
+    for p in model.parameters():
+        if p.dtype.to_real() == torch.float64:  # neither is rounded to float32
+            fine = torch.view_as_real((p.grad if space == "gradient" else p.detach()).to(torch.complex128))
+            assert not torch.equal(fine, fine.float().double())
+    # without momentum it is the same in both spaces, to what the least exact of them is rounded to
+    other = descend(double, create_nspo2_optimizer(double, optim.SGD, {"lr": 0.1}, options()))
+    coarse = max(torch.finfo(dtype).eps for dtype in dtypes)
+    assert all(torch.allclose(a, b, rtol=0, atol=40 * coarse) for a, b in zip(got, other))
+
+
+def test_a_model_that_gets_another_dtype_is_filtered_in_it():
+    model, exact = network(), network().double()
+    first, second = wrapped(model, apply_to="update"), wrapped(exact, apply_to="update")
+    train(model, first, 4)
+    train(exact, second, 4)
+    model.double()
+    model.load_state_dict(exact.state_dict())
+    for a, b in zip(train(model, first, 3), train(exact, second, 3)):
+        assert first.get_metrics()["is_active"] and torch.allclose(a, b, rtol=0, atol=1e-6)
+    assert all(
+        stack.grad.dtype == part.reference.dtype == torch.float64
+        for stack, part in zip(first.nspo2.stacks, first.nspo2.filters)
+    )
+
+
+@pytest.mark.parametrize("made", [lambda: torch.eye(3).to_sparse(), lambda: torch.zeros(3).to(torch.float8_e4m3fn)])
+def test_parameters_that_cannot_be_filtered_are_refused(made):
+    with pytest.raises(ValueError, match="NSPO2 cannot filter a parameter that is .* without it"):
+        wrapped(nn.ParameterList([nn.Parameter(made())]))
+
+
+def test_sharded_parameters_are_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = network()
+        optimizer = wrapped(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        for refused in (lambda: wrapped(model), lambda: replaced(None, model, optimizer) or optimizer.step()):
+            with pytest.raises(ValueError, match="NSPO2 filters parameters that FSDP2 shards in its trainers alone"):
+                refused()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
 
 
 def load_tensors(owner: object, names: Iterable[str], state: Mapping) -> None:
@@ -16,3 +19,10 @@ def load_tensors(owner: object, names: Iterable[str], state: Mapping) -> None:
         if own.shape != saved.shape:
             raise ValueError(f"the saved `{name}` has shape {tuple(saved.shape)}, this run needs {tuple(own.shape)}")
         setattr(owner, name, saved.to(own, copy=True))
+
+
+def in_dtype(state: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """`state` with every tensor that is of the dtype `old` in `new`."""
+    if isinstance(state, dict):
+        return {name: in_dtype(value, old, new) for name, value in state.items()}
+    return state.to(new) if isinstance(state, torch.Tensor) and state.dtype == old else state

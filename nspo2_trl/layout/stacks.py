@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..engine.shards import Shards
-from .blocks import whole_shape
+from .blocks import Unit, common_dtype, real, whole_shape
 from .local_parts import LocalParts
 
 
@@ -58,19 +58,25 @@ class Stack:
     def add(self, name: str, params: list[nn.Parameter]) -> None:
         start = 0
         for param in params:
+            if param.layout != torch.strided or param.dtype.itemsize < 2:
+                raise ValueError(
+                    f"NSPO2 cannot filter a parameter that is {param.layout} of {param.dtype} (in the block "
+                    f"{name!r}): train it with an optimizer of its own, or pass `blocks` without it."
+                )
             shape = whole_shape(param)
             transposed = self.shape[0] > 1 and shape[0] != self.shape[0]
             self.places.append(_Place(param, len(self.names), start, transposed))
             start += shape.numel()
         self.names.append(name)
 
-    def is_of(self, units: Mapping[str, tuple]) -> bool:
-        """Whether each block here is one of [`units`], given by name, with the same parameters."""
+    def is_of(self, units: Mapping[str, Unit]) -> bool:
+        """Whether each block here is one of `units`, which are given by name, with the same parameters."""
         own: dict[str, list[nn.Parameter]] = {name: [] for name in self.names}
         for place in self.places:
             own[self.names[place.block]].append(place.param)
         return all(
-            name in units and list(map(id, params)) == list(map(id, units[name][1])) for name, params in own.items()
+            name in units and list(map(id, params)) == list(map(id, units[name].params))
+            for name, params in own.items()
         )
 
     def __getstate__(self) -> dict:
@@ -83,11 +89,16 @@ class Stack:
 
     def build(self) -> None:
         """Make the buffers, when all blocks are there."""
+        self.dtype = self.places[0].param.dtype
         self.moves: LocalParts | None = None
         if isinstance(self.places[0].param, DTensor):
             size = len(self.names) * self.shape[0] * self.shape[1]
             positions = torch.arange(size, device=self.device).view(len(self.names), *self.shape)
-            assert self.shards is not None  # FSDP2 has ranks
+            if self.shards is None:
+                raise ValueError(
+                    "NSPO2 filters parameters that FSDP2 shards in its trainers alone: use DDP with the optimizer "
+                    "wrapper, or pass `blocks` without these parameters."
+                )
             sharded = [place.param for place in self.places if isinstance(place.param, DTensor)]
             self.moves = LocalParts(self.shards, self.views_of(positions), sharded)
         else:
@@ -100,7 +111,7 @@ class Stack:
 
     def buffer(self, *lead: int, width: int | None = None) -> torch.Tensor:
         """Zeros (*lead, B, m, d) in at least float32: the maths is never done in half precision."""
-        dtype = torch.promote_types(self.places[0].param.dtype, torch.float32)
+        dtype = torch.promote_types(common_dtype(place.param for place in self.places), torch.float32)
         size = (*lead, len(self.names), self.shape[0], width or self.shape[1])
         return torch.zeros(size, dtype=dtype, device=self.device)
 
@@ -114,7 +125,7 @@ class Stack:
         Sparse gradients are not read: they stay as they are.
         """
         grads = [place.param.grad for place in self.places]
-        there = {i: grad for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse}
+        there = {i: real(grad) for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse}
         self.there = list(there)
         if self.moves:
             none = lambda place: torch.zeros_like(_local(place.param))
@@ -157,15 +168,35 @@ class Stack:
             torch._foreach_copy_(targets, [self.views[i] for i in self.there])
 
     def follow(self) -> bool:
-        """Make the buffers anew where the parameters have been moved to another device; whether that was so."""
-        moved = self.places[0].param.device != self.device
+        """Make the buffers anew where the parameters have another device or dtype by now; whether that was so."""
+        first = self.places[0].param
+        moved = (first.device, first.dtype) != (self.device, self.dtype)
         if moved:
-            self.device = self.places[0].param.device
+            self.device = first.device
             self.build()
         return moved
 
 
+def stacked(
+    units: Iterable[Unit], layout: Mapping[str, int], update: bool, process_group: dist.ProcessGroup | None
+) -> list[Stack]:
+    """Stacks of `units`, one for each shape, dtype and device; not built yet.
+
+    Args:
+        layout: the number of a unit's stack, by name, in the order that they had there; of none, where they come anew.
+        update, process_group: see [`Stack`].
+    """
+    found: dict[tuple, Stack] = {}
+    order = {name: i for i, name in enumerate(layout)}
+    for name, params, shape in sorted(units, key=lambda unit: order.get(unit.name, len(order))):
+        key = (*shape, params[0].device, common_dtype(params), layout.get(name))
+        if key not in found:
+            found[key] = Stack(shape, params[0].device, update, process_group)
+        found[key].add(name, params)
+    return list(found.values())
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a parameter or a gradient, without its history."""
+    """What this rank has of a parameter or a gradient as real numbers, without its history."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return real(tensor.to_local() if isinstance(tensor, DTensor) else tensor)

@@ -15,9 +15,10 @@ from ..engine.eigensolvers import Total, check_exact
 from ..engine.filter import NoiseFilter, figures
 from ..engine.finite import all_finite
 from ..engine.sentinel import BiasSentinel
+from ..engine.state import in_dtype
 from ..engine.sums import spectrum
-from ..layout.blocks import Block, units
-from ..layout.stacks import Stack
+from ..layout.blocks import Block, Unit, units
+from ..layout.stacks import Stack, stacked
 from .protocol import Step
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class NoiseProjection:
 
     def follow(self, blocks: list[Block]) -> None:
         """Filter `blocks` from now on: the estimate of stacks whose blocks are all among them as they were goes on."""
-        found = {unit[0]: unit for unit in units(blocks, self.config.covariance)}
+        found = {unit.name: unit for unit in units(blocks, self.config.covariance)}
         progress = self.filters[0].progress
         kept = [i for i, stack in enumerate(self.stacks) if stack.is_of(found)]
         self.stacks, self.filters = [self.stacks[i] for i in kept], [self.filters[i] for i in kept]
@@ -67,16 +68,9 @@ class NoiseProjection:
         self._add((found[name] for name in found if name not in there), {})
         self.set_progress(progress)
 
-    def _add(self, found: Iterable[tuple], layout: Mapping[str, int]) -> None:
-        """Stack what [`units`] gave; its estimate starts now."""
-        order = {name: i for i, name in enumerate(layout)}
-        stacks: dict[tuple, Stack] = {}
-        for name, params, shape in sorted(found, key=lambda unit: order.get(unit[0], len(order))):
-            key = (*shape, params[0].device, params[0].dtype, layout.get(name))
-            if key not in stacks:
-                stacks[key] = Stack(shape, params[0].device, self.updates, self.process_group)
-            stacks[key].add(name, params)
-        for stack in stacks.values():
+    def _add(self, found: Iterable[Unit], layout: Mapping[str, int]) -> None:
+        """Take up what [`units`] gave; its estimate starts now."""
+        for stack in stacked(found, layout, self.updates, self.process_group):
             if self.config.eigensolver == "exact":
                 check_exact(stack.shape[1], stack.shards)
             stack.build()
@@ -92,10 +86,11 @@ class NoiseProjection:
         return {id(place.param) for stack in self.stacks for place in stack.places} <= {id(p) for p in params}
 
     def start(self) -> None:
-        """Move to where the parameters are, should they have been moved since."""
+        """Move to where the parameters are, should they have been moved since, and to their dtype."""
         for i, stack in enumerate(self.stacks):
+            dtype = stack.grad.dtype
             if stack.follow():
-                state = self.filters[i].state_dict()
+                state = in_dtype(self.filters[i].state_dict(), dtype, stack.grad.dtype)
                 self.filters[i].load_state_dict(state, device=stack.device)
 
     @property
