@@ -51,7 +51,10 @@ NAMES = {
     "torch": "_foreach_copy_",
     "torch.distributed.tensor.DTensor": "to_local device_mesh placements",
     "torch.distributed": "all_gather_into_tensor all_to_all_single",
-    "torch.optim.Optimizer": "param_groups state defaults",
+    "torch.optim.Optimizer": "param_groups state defaults _optimizer_state_dict_pre_hooks "
+    "_optimizer_state_dict_post_hooks _optimizer_load_state_dict_pre_hooks _optimizer_load_state_dict_post_hooks",
+    "peft.tuners.tuners_utils.BaseTunerLayer": "adapter_layer_names",
+    "peft.utils.other.AuxiliaryTrainingWrapper": "original_module",
     "deepspeed.DeepSpeedEngine": "step optimizer is_gradient_accumulation_boundary was_step_applied _global_grad_norm "
     "_config zero_optimization_stage fp16_enabled",
     "deepspeed.runtime.config.DeepSpeedConfig": "zero_config",
@@ -85,6 +88,7 @@ METHODS = {
     "torch.optim.Optimizer.add_param_group": "param_group",
     "torch.optim.Optimizer.zero_grad": "set_to_none",
     "torch.optim.Optimizer.load_state_dict": "state_dict",
+    "torch.distributed.checkpoint.state_dict._get_optim_state_dict": "info",
 }
 
 
@@ -233,7 +237,7 @@ def test_names_of_lora_parameters_and_the_reference_adapter(make_trainer):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
     modules = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     names = sorted(block.name for block in lora_blocks(model))
-    assert names == sorted(f"{name}:default" for name in modules), "adapters.py has a pattern for names of parameters"
+    assert names == sorted(f"{name}:default" for name in modules), "adapters.py finds them by `adapter_layer_names`"
     trainer = make_trainer(DPOTrainer, model=model)
     assert set(trainer.model.peft_config) == {"default", "ref"}, "TRL keeps DPO's reference in another way"
     assert sorted(block.name for block in lora_blocks(trainer.model)) == names, (

@@ -43,8 +43,8 @@ def adapter_config(model: nn.Module, adapter_name: str) -> PeftConfig:
     config = configs[adapter_name]
     if config.peft_type != PeftType.LORA:
         raise ValueError(
-            f"The adapter {adapter_name!r} is {config.peft_type}: only LoRA adapters can be projected, since they act "
-            "on a module's output through A x alone."
+            f"The adapter {adapter_name!r} is of the kind {config.peft_type.value}: only LoRA adapters can be "
+            "projected, since they act on a module's output through A x alone; make it with `LoraConfig(...)`."
         )
     return config
 
@@ -70,7 +70,8 @@ def input_adapters(model: nn.Module, adapter_name: str) -> list[InputAdapter]:
             )
         if isinstance(module, MultiheadAttention) or type(down) is not nn.Linear:  # convolutions among others
             raise ValueError(
-                f"LoRA on {type(module).__name__} (here {name}) is not supported: adapt linear layers alone."
+                f"LoRA on {type(module).__name__} (here {name}, where A is a {type(down).__name__}) is not supported: "
+                "adapt linear layers alone, with A as one matrix."
             )
         if module.merged:
             raise ValueError("The adapter is merged into the model: call `unmerge_adapter()` before.")

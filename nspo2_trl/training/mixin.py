@@ -26,7 +26,7 @@ from ..projections.protocol import Step
 from .card import add_to_card
 from .deepspeed import unwrap_step, whole_params, wrap_step
 from .options import NSPO2Arguments, nspo2_options
-from .refusals import refuse_unsupported
+from .refusals import refuse_unsupported, say_what_is_plain
 from .retain import Texts
 from .retain_mixin import RetainMixin
 from .samples import SampleCollector, sample_share
@@ -130,6 +130,8 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
         refuse_unsupported(self.accelerator)
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self._nspo2_start()
+        if self.is_world_process_zero():
+            say_what_is_plain(self.model, self._nspo2_others)
         self.add_callback(_StepCallback(self))
 
     def _nspo2_follow(self) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,19 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
             "FSDP2 with mixed precision rounds what the model returns, the log-probabilities too; that is too "
             "coarse for preference losses, with plain TRL as well. Set `bf16: false` and `dtype: bfloat16` in the "
             "recipe and `mixed_precision: 'no'` in the Accelerate config: the base model stays in bfloat16."
+        )
+
+
+def say_what_is_plain(model: nn.Module, outside: Iterable[nn.Parameter]) -> None:
+    """Warn of trained parameters in no block, `outside`, but for those that a LoRA config names itself."""
+    ids = {id(param) for param in outside}
+    named = {"modules_to_save", "trainable_tokens_delta", "bias"}
+    names = [name for name, p in model.named_parameters() if id(p) in ids and not named & set(name.split("."))]
+    if names:
+        logger.warning(
+            "NSPO2 does not filter %d trained parameters that are in no adapter of a module, %s among them: they are "
+            "trained as without it.",
+            *(len(names), names[0]),
         )
 
 

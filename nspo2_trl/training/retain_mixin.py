@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
-from ..layout.roles import unprotected
+from ..layout.roles import input_adapters, unprotected
 from ..projections.protocol import Projection
 from ..retain_config import RetainConfig
 from .options import retain_options
@@ -61,6 +61,8 @@ class RetainMixin(_BaseTrainer):
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if args.nspo2_enabled and config.project == "during" and deepspeed:
             raise ValueError("`nspo2_retain_project='during'` does not work with DeepSpeed: set it to 'after'.")
+        if args.nspo2_enabled and config.project != "no":
+            input_adapters(model, model.active_adapters[0])  # refuses other kinds, before texts are read
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.nspo2_retained = Retained(model, dataset, tokenizer, config, str(args.output_dir), args.seed)
         self.nspo2_retained.refuse_pairs(self.train_dataset)

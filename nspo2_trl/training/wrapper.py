@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
-import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -106,7 +104,7 @@ _CHECKPOINT, _KEPT, _PACKED = "torch.distributed.checkpoint.state_dict", ("state
 
 
 def _packed(state: dict) -> dict:
-    frame: FrameType | None = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
         frame = frame.f_back
     if frame is None:
