@@ -288,3 +288,120 @@ def test_sharded_parameters_are_refused():
                 refused()
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ---- optimizers with more than a step ----
+
+
+class Averaged(optim.SGD):
+    """Evaluates at the average of its steps, as schedule-free optimizers do, between `eval()` and `train()`."""
+
+    def __init__(self, params, lr, **options):
+        super().__init__(params, lr, **options)
+        self.patience, self.scaled = 3, 0
+
+    def step(self, closure=None, scale=1.0):
+        self.scaled += scale
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("mean", p.detach().clone()).lerp_(p.detach(), 0.5)
+
+    def eval(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["last"] = p.detach().clone()
+            p.data.copy_(self.state[p]["mean"])
+
+    def train(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.copy_(self.state[p]["last"])
+
+    def get_lr(self):
+        return self.param_groups[0]["lr"]
+
+
+def test_what_the_inner_optimizer_has_is_passed_on():
+    model = network()
+    optimizer = wrapped(model, Averaged, lr=0.05)
+    trained = train(model, optimizer, 6)
+    optimizer.eval()
+    assert optimizer.get_metrics()["is_active"] and not same(trained, copies(model.parameters()))
+    optimizer.train()
+    assert same(trained, copies(model.parameters()))
+    assert optimizer.get_lr() == 0.05 and optimizer.patience == 3 and not hasattr(optimizer, "unknown")
+    optimizer.patience, optimizer.mark = 5, 1
+    assert optimizer.optimizer.patience == 5 and not hasattr(optimizer.optimizer, "mark") and optimizer.mark == 1
+    optimizer.step(scale=10.0)
+    assert optimizer.scaled == 16
+    # what tells a gradient scaler to leave unscaling to the optimizer is not passed on
+    fused = create_nspo2_optimizer(model.parameters(), optim.AdamW, {"fused": True}, options())
+    assert fused.optimizer._step_supports_amp_scaling and not fused._step_supports_amp_scaling
+
+
+class SharpnessAware(optim.SGD):
+    """Steps by the gradient at a point that is a little up the hill."""
+
+    def step(self, closure=None):
+        assert closure is not None, "requires closure"
+        self.uphill(0.05)
+        with torch.enable_grad():
+            closure()
+        self.uphill(-0.05)
+        super().step()
+
+    def uphill(self, rho):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(p.grad, alpha=rho)
+
+
+class TwoSteps(SharpnessAware):
+    first_step = second_step = None
+
+
+class Needs(SharpnessAware):
+    def step(self, closure):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [TwoSteps, Needs, optim.LBFGS])
+def test_optimizers_that_need_gradients_elsewhere_are_refused(cls):
+    with pytest.raises(ValueError, match=f"{cls.__name__} evaluates its closure several times"):
+        wrapped(network(), cls)
+
+
+def closure_of(model, optimizer, calls):
+    def closure():
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 6)).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_those_that_do_not_look_like_it_are_refused_at_the_first_step():
+    model, calls = network(), []
+    optimizer = wrapped(model, SharpnessAware)
+    with pytest.raises(ValueError, match="SharpnessAware evaluates its closure several times"):
+        optimizer.step(closure_of(model, optimizer, calls))
+    assert len(calls) == 1
+    optimizer.set_enabled(False)  # then it has the closure to itself
+    optimizer.step(closure_of(model, optimizer, calls))
+    assert len(calls) == 2
+
+
+class ByLoss(optim.SGD):
+    """Takes its rate from the loss, as Polyak's step does."""
+
+    def step(self, closure=None):
+        self.loss = float(closure())
+        self.param_groups[0]["lr"] = 0.1 * self.loss
+        super().step()
+
+
+def test_an_optimizer_that_asks_for_the_loss_gets_it():
+    model, calls = network(), []
+    optimizer = wrapped(model, ByLoss)
+    losses = [float(optimizer.step(closure_of(model, optimizer, calls)).detach()) for _ in range(6)]
+    assert optimizer.loss == losses[-1] < losses[0] and len(calls) == 6 and optimizer.get_metrics()["is_active"]

@@ -149,26 +149,31 @@ class NSPO2Optimizer(Wrapper):
     def step(self, closure: Callable[[], float] | None = None, **options: Any) -> float | None:
         """Filter and step, with the `options` of the inner `step`.
 
-        A closure is evaluated once, before; its loss is reported, see `report`.
+        A closure is evaluated once, before; the optimizer inside is told its loss, and so is `report`.
+
+        Raises:
+            ValueError: the optimizer inside asks the closure for a gradient at other parameters.
         """
+        if not self.enabled:
+            return self.optimizer.step(**options) if closure is None else self.optimizer.step(closure, **options)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._follow()
-        if not self.enabled or self._is_probe():
-            self.optimizer.step(**options)
+        if self._is_probe():
+            self._take_step(loss, **options)
             return loss
         self.nspo2.read_grads()
         # entries of the gradients that are not filtered: of parameters in no block, and sparse ones
         sparse = [p for block in self.blocks for p in block.params if p.grad is not None and p.grad.is_sparse]
         others = [entries(p.grad) for p in (*self.others, *sparse) if p.grad is not None]
         if self.nspo2.before_step(Step(others=others)):
-            self.optimizer.step(**options)
+            self._take_step(loss, **options)
             self.nspo2.after_step()
             self._look(loss)
         elif self.config.projection_rank == 0 or not any_bad(p.grad for p in self._params()):
-            self.optimizer.step(**options)
+            self._take_step(loss, **options)
         return loss
 
     def _is_probe(self) -> bool:

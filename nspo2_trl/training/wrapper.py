@@ -10,6 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+_EVALUATES = (
+    "{name} evaluates its closure several times a step, or elsewhere than at the parameters, each time with another "
+    "gradient, which NSPO2 cannot filter: use a first-order optimizer such as torch.optim.AdamW."
+)
+
+
+def _arguments(optimizer: torch.optim.Optimizer) -> list[inspect.Parameter]:
+    """What its `step` takes."""
+    return list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+
 
 def _inner(name: str) -> property:
     """An attribute of the optimizer inside."""
@@ -34,18 +44,14 @@ class Wrapper(torch.optim.Optimizer):
     _step_supports_amp_scaling = False  # a gradient scaler is to unscale before `step`
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-        needed = (a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments)
-        if any(needed) or hasattr(optimizer, "first_step"):
-            raise ValueError(
-                f"{type(optimizer).__name__} evaluates its closure several times a step, or elsewhere than at the "
-                "parameters, each with another gradient, which NSPO2 cannot filter: use a first-order optimizer such "
-                "as torch.optim.AdamW."
-            )
+        needed = [a for a in _arguments(optimizer) if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+        if needed or any(hasattr(optimizer, name) for name in ("first_step", "perturb_weights")):
+            raise ValueError(_EVALUATES.format(name=type(optimizer).__name__))
         # what the base constructor does besides groups, state and defaults, which are there
         self.__setstate__({"optimizer": optimizer})
 
-    param_groups, state, defaults = _inner("param_groups"), _inner("state"), _inner("defaults")
+    param_groups, state = _inner("param_groups"), _inner("state")
+    defaults = property(lambda self: getattr(self.optimizer, "defaults", {}))  # not every wrapper of others has some
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "optimizer" not in self.__dict__:
@@ -64,6 +70,22 @@ class Wrapper(torch.optim.Optimizer):
 
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _take_step(self, loss: Any, **options: Any) -> None:
+        """Have the optimizer inside step; `loss` is what it gets where it asks a closure, which it was not handed."""
+        if loss is None or not _arguments(self.optimizer):
+            self.optimizer.step(**options)
+            return
+        stepped = [p for p in self._params() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(p) for p in stepped]
+
+        def known() -> Any:
+            now = (torch.linalg.vector_norm(p) for p in stepped)
+            if not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(norms, now)):
+                raise ValueError(_EVALUATES.format(name=type(self.optimizer).__name__))
+            return loss
+
+        self.optimizer.step(known, **options)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         self.optimizer.zero_grad(*args, **kwargs)
