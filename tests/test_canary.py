@@ -30,7 +30,7 @@ LIBRARIES = ("accelerate", "datasets", "deepspeed", "peft", "safetensors", "torc
 # Names that the package uses, by where they stand. An attribute that is set on instances counts as well.
 NAMES = {
     "transformers.Trainer": "_get_output_dir add_callback remove_callback is_world_process_zero accelerator deepspeed "
-    "is_fsdp_enabled optimizer save_state _save",
+    "is_fsdp_enabled optimizer save_state _save _train_batch_size",
     "transformers.TrainerState": "max_steps global_step log_history",
     "transformers.TrainingArguments": "train_batch_size gradient_accumulation_steps world_size process_index "
     "should_save eval_on_start to_dict",
@@ -44,11 +44,12 @@ NAMES = {
     "trl.DatasetMixtureConfig": "datasets",
     "trl.ModelConfig": "model_name_or_path model_revision attn_implementation dtype",
     "trl.TrlParser": "_actions error",
-    "accelerate.Accelerator": "scaler is_fsdp2 parallelism_config distributed_type num_processes",
+    "accelerate.Accelerator": "split_batches scaler is_fsdp2 parallelism_config distributed_type num_processes",
     "accelerate.ParallelismConfig": "tp_enabled cp_enabled sp_enabled",
     "accelerate.utils.FullyShardedDataParallelPlugin": "cpu_offload",
     "accelerate.utils.DistributedType": "NO MULTI_GPU MULTI_CPU FSDP DEEPSPEED",
     "torch": "_foreach_copy_",
+    "torch.Tensor": "_version",
     "torch.distributed.tensor.DTensor": "to_local device_mesh placements",
     "torch.distributed": "all_gather_into_tensor all_to_all_single",
     "torch.optim.Optimizer": "param_groups state defaults _optimizer_state_dict_pre_hooks "
@@ -77,6 +78,7 @@ METHODS = {
     "transformers.Trainer.save_model": "output_dir _internal_call",
     "transformers.Trainer.compute_loss": "model inputs",
     "transformers.Trainer.evaluation_loop": "",
+    "transformers.Trainer.training_step": "model inputs",
     "trl.trainer.base_trainer._BaseTrainer.create_model_card": "model_name dataset_name",
     "trl.trainer.utils.get_config_model_id": "config",
     "trl.TrlParser.parse_args_and_config": "args",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datasets import IterableDataset
 from trl import DPOTrainer
 
 from .mixin import NSPO2Mixin
 from .options import NSPO2DPOConfig
-from .refusals import check_preferences
+from .refusals import check_preferences, checked_stream
 
 
 class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
@@ -20,6 +21,9 @@ class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
     _tag_names = ["trl", "dpo", "nspo2"]
 
     def _nspo2_check(self, given: dict) -> None:
-        if given.get("train_dataset") is not None:
-            check_preferences(given["train_dataset"])
+        dataset = given.get("train_dataset")
+        if isinstance(dataset, IterableDataset):
+            given["train_dataset"] = checked_stream(dataset)
+        elif dataset is not None:
+            check_preferences(dataset)
         super()._nspo2_check(given)

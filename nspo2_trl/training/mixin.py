@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from ..config import NSPO2Config
@@ -23,10 +22,12 @@ from ..layout.adapters import lora_blocks
 from ..layout.blocks import params_outside
 from ..projections.noise import NoiseProjection
 from ..projections.protocol import Step
+from .callback import StepCallback
 from .card import add_to_card
-from .deepspeed import unwrap_step, whole_params, wrap_step
+from .deepspeed import whole_params
+from .micro_batches import MicroBatchMixin
 from .options import NSPO2Arguments, nspo2_options
-from .refusals import refuse_unsupported, say_what_is_plain
+from .refusals import refuse_optimizer, refuse_unsupported, say_what_is_plain
 from .retain import Texts
 from .retain_mixin import RetainMixin
 from .samples import SampleCollector, sample_share
@@ -37,43 +38,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _StepCallback(TrainerCallback):
-    """Calls the trainer at the points of a step that Trainer offers only to callbacks."""
-
-    def __init__(self, trainer: NSPO2Mixin):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer._nspo2_follow()
-        if trainer.deepspeed is not None:  # its engine steps inside `backward`: it is to call us there
-            update = trainer.args.nspo2_apply_to == "update"
-            writes = trainer.args.nspo2_projection_rank > 0 and not update
-            wrap_step(trainer.deepspeed, trainer._nspo2_trained(), trainer._nspo2_before_step, writes, update)
-        trainer.nspo2_samples.attach()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.nspo2_samples.next_micro_batch()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.deepspeed is None:  # else its engine has stepped by now, and called this before
-            self.trainer._nspo2_before_step()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._nspo2_after_step()
-        self.trainer._nspo2_retain_micro = 0
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
-        if metrics and "eval_loss" in metrics and state.global_step > 0:
-            self.trainer.nspo2.watch({"eval_loss": metrics["eval_loss"]})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.nspo2_samples.detach()
-        if self.trainer.deepspeed is not None:
-            unwrap_step(self.trainer.deepspeed)
+def _by_name(kind: type, args: tuple, kwargs: dict) -> dict:
+    """The arguments of the trainer that the mixin stands before, by name; classes after it may have their own."""
+    below = kind.__mro__[kind.__mro__.index(NSPO2Mixin) + 1 :]
+    inits = (inspect.signature(vars(part)["__init__"]) for part in below if "__init__" in vars(part))
+    signature = next(found for found in inits if "model" in found.parameters)  # others hand on what they get
+    given = dict(signature.bind_partial(None, *args, **kwargs).arguments)
+    del given[next(iter(signature.parameters))]
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
-class NSPO2Mixin(RetainMixin, SavingMixin):
+class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     """What any TRL trainer needs to filter its gradients: stand it before the trainer among the bases of a class.
 
     The class sets `_nspo2_config_class`, a [`NSPO2Arguments`] that is the trainer's config too; `args` of that class
@@ -93,12 +71,10 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
     _nspo2_config_class: type[NSPO2Arguments]
 
     def _nspo2_init(self, *args: Any, retain_dataset: Texts | None = None, **kwargs: Any) -> None:
-        inits = (inspect.signature(vars(kind)["__init__"]) for kind in type(self).__mro__ if "__init__" in vars(kind))
-        signature = next(found for found in inits if "model" in found.parameters)  # others hand on what they get
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
-        del given["self"]
-        model, config, wanted = given["model"], given.get("args"), self._nspo2_config_class
+        given = _by_name(type(self), args, kwargs)
+        config, wanted = given.get("args"), self._nspo2_config_class
         if config is None:
+            model: Any = given.get("model")
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             config = given["args"] = wanted(f"{model_name.rstrip('/').split('/')[-1]}-NSPO2-{self._name}")
         if not isinstance(config, wanted):
@@ -108,7 +84,10 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
                 "with the same arguments."
             )
         self._nspo2_check(given)
-        super().__init__(**given)
+        try:
+            super().__init__(**given)
+        except StopIteration:  # from TRL's look at the first row
+            raise ValueError("The dataset `train_dataset` is empty.") from None
         self._nspo2_setup(retain_dataset)
 
     if not TYPE_CHECKING:  # type checkers shall see the arguments of the trainer itself
@@ -116,8 +95,11 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
 
     def _nspo2_check(self, given: dict) -> None:
         """Refuse what can be refused before anything is loaded; `given` are the arguments by name."""
-        model = given["model"]
-        if given["args"].nspo2_enabled and given.get("peft_config") is None:
+        if not given["args"].nspo2_enabled:
+            return
+        refuse_optimizer(given["args"], given.get("optimizers", (None,))[0])
+        model = given.get("model")
+        if given.get("peft_config") is None:
             lora_blocks(model if isinstance(model, torch.nn.Module) else torch.nn.Module())
 
     def _nspo2_setup(self, retain_dataset: Texts | None = None) -> None:
@@ -132,25 +114,16 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
         self._nspo2_start()
         if self.is_world_process_zero():
             say_what_is_plain(self.model, self._nspo2_others)
-        self.add_callback(_StepCallback(self))
-
-    def _nspo2_follow(self) -> None:
-        """Work on the parameters that are trained: FSDP2 and `model_init` put others in their place.
-
-        DeepSpeed moves them to the device only when training starts.
-        """
-        if not self.nspo2.holds(self.model.parameters()):
-            self._nspo2_start()
-        for projection in self.nspo2_projections:
-            projection.start()
-
-    def _nspo2_trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        self.add_callback(StepCallback(self))
 
     def _nspo2_start(self) -> None:
-        """Projections that know nothing yet, of the parameters as they are now."""
-        blocks = lora_blocks(self.model)
-        self._nspo2_others = params_outside(blocks, self._nspo2_trained())
+        """Projections that know nothing yet, of the parameters as they are now; the others stay while those do."""
+        blocks, trained, same = lora_blocks(self.model), self._nspo2_trained(), False
+        if self.nspo2 is not None:
+            self.nspo2_samples.detach()
+            same = self.nspo2.holds(self.model.parameters())
+        rest = self.nspo2_projections[1:] if same else self._nspo2_retain_projections()
+        self._nspo2_others, self._nspo2_made_for = params_outside(blocks, trained), self._nspo2_now(trained)
         micro_batches = self.args.gradient_accumulation_steps
         self.nspo2 = NoiseProjection(
             blocks,
@@ -158,7 +131,7 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
             process_group=dist.group.WORLD if self.accelerator.num_processes > 1 or self.is_fsdp_enabled else None,
             share=sample_share(micro_batches * self.accelerator.num_processes),
         )
-        self.nspo2_projections = [self.nspo2, *self._nspo2_retain_projections()]
+        self.nspo2_projections = [self.nspo2, *rest]
         self.nspo2_samples = SampleCollector(self.nspo2, self.model, self.accelerator, micro_batches, self.nspo2_time)
 
     def _nspo2_before_step(self) -> None:
@@ -187,9 +160,9 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # only with the loss, or at the end: callbacks log other things, and these figures belong to a window of steps
         mine = "loss" in logs or "train_loss" in logs
-        steps, seconds = self.nspo2_step_timer.take() if mine else (0, 0.0)
+        steps, seconds, examples = self.nspo2_step_timer.take() if mine else (0, 0.0, 0.0)
         if steps:
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            batch = examples / steps
             figures = {"batch_size": batch, "step_time": seconds / steps}
             if self.nspo2 is not None:
                 for projection in self.nspo2_projections:
@@ -202,6 +175,8 @@ class NSPO2Mixin(RetainMixin, SavingMixin):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.nspo2_enabled != (self.nspo2 is not None):
+            raise ValueError("`nspo2_enabled` was changed after the trainer was made: make the trainer anew.")
         output = super().train(*args, **kwargs)
         self._nspo2_retain_end()
         return output

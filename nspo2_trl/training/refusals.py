@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+from .optimizer import NSPO2Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,29 @@ def say_what_is_plain(model: nn.Module, outside: Iterable[nn.Parameter]) -> None
             "trained as without it.",
             *(len(names), names[0]),
         )
+def refuse_optimizer(args: Any, optimizer: Any = None) -> None:
+    """Raise `ValueError` for an optimizer that filters by itself, or that steps inside the backward pass.
+
+    Args:
+        optimizer: what is known of it yet; one that others wrap is found by their attribute `optimizer`.
+    """
+    if "layerwise" in args.optim or "lomo" in args.optim:
+        raise ValueError(STEPS_IN_BACKWARD.format(name=f"`optim='{getattr(args.optim, 'value', args.optim)}'`"))
+    while optimizer is not None:
+        if isinstance(optimizer, NSPO2Optimizer):
+            raise ValueError(
+                "The optimizer is an NSPO2Optimizer, so that each gradient would be filtered twice: give the trainer "
+                "the plain optimizer, or set `nspo2_enabled=False`."
+            )
+        if isinstance(optimizer, LayerWiseDummyOptimizer):
+            raise ValueError(STEPS_IN_BACKWARD.format(name="The optimizer"))
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
+STEPS_IN_BACKWARD = (
+    "{name} steps inside the backward pass, before NSPO2 can filter the gradient: take one that steps after it, such "
+    "as `optim='adamw_torch'`, or set `nspo2_enabled=False`."
+)
 
 
 def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dataset") -> dict:
@@ -61,11 +88,33 @@ def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dat
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The dataset `{name}` is empty: DPO needs rows with `chosen` and `rejected`.")
-    missing = [f"`{column}`" for column in ("chosen", "rejected") if column not in first]
-    if missing and "chosen_ids" not in first:
+    check_columns(first, name)
+    return first
+
+
+def check_columns(found: Iterable[str], name: str = "train_dataset") -> None:
+    """Raises `ValueError` where `found`, the columns of the dataset `name`, are not those of preference pairs."""
+    names = list(found)
+    missing = [f"`{column}`" for column in ("chosen", "rejected") if column not in names]
+    if missing and "chosen_ids" not in names:
         raise ValueError(
-            f"The dataset `{name}` has no column {' and '.join(missing)}, it has {', '.join(first)}. DPO needs pairs: "
+            f"The dataset `{name}` has no column {' and '.join(missing)}, it has {', '.join(names)}. DPO needs pairs: "
             "`chosen` and `rejected`, and perhaps `prompt`; where they are called otherwise, rename them, or with "
             "`nspo2 train` set `chosen_column`, `rejected_column`, `prompt_column`."
         )
-    return first
+
+
+def checked_stream(dataset: IterableDataset) -> IterableDataset:
+    """The same rows, each looked at when it is read where its columns are not known: it may be read only once.
+
+    Raises `ValueError` as [`check_columns`].
+    """
+    if dataset.column_names is not None:
+        check_columns(dataset.column_names)
+        return dataset
+
+    def look(row: dict) -> dict:
+        check_columns(row)
+        return row
+
+    return dataset.map(look)

@@ -44,7 +44,7 @@ class SampleCollector:
 
     Args:
         noise: the blocks to watch. model: where they are. accelerator: knows the loss scale of fp16.
-        slots: micro-batches that a rank has in a step, at most.
+        slots: micro-batches that a rank has in a step.
         stopwatch: adds up the time in the hooks; on a CPU only, elsewhere the hooks only queue copies.
     """
 
@@ -57,13 +57,13 @@ class SampleCollector:
         self.slot = 0
         self.buffers: list[torch.Tensor] = []  # for each stack (slots, B, m, d)
         self.views: list[list[list[torch.Tensor]]] = []  # [stack][slot][place]
-        self._touched = self._sampled = False  # whether a gradient came in this step; whether it was kept
+        self.touched = self._sampled = False  # whether a gradient came in this step; whether it was kept
 
     def attach(self) -> None:
         self.detach()
         stacks = self.noise.stacks
         self.buffers = [stack.buffer(self.slots) for stack in stacks]
-        self.views = [[stack.views_of(part) for part in buffer] for stack, buffer in zip(stacks, self.buffers)]
+        self._view()
         places = [
             (place.param, self._hook(s, p)) for s, stack in enumerate(stacks) for p, place in enumerate(stack.places)
         ]
@@ -74,6 +74,10 @@ class SampleCollector:
                 self.handles.append(module.register_forward_pre_hook(_WhenWhole(name, hooks[id(param)], self.handles)))
             elif id(param) in hooks:
                 self.handles.append(param.register_hook(hooks[id(param)]))
+
+    def _view(self) -> None:
+        pairs = zip(self.noise.stacks, self.buffers)
+        self.views = [[stack.views_of(part) for part in buffer] for stack, buffer in pairs]
 
     def _refuse_wrapped(self, owner: nn.Module) -> None:
         wrapped = (module for module in self.model.modules() if isinstance(module, ParamWrapper))
@@ -87,11 +91,11 @@ class SampleCollector:
         for handle in self.handles:
             handle.remove()
         self.handles, self.buffers, self.views, self.slot = [], [], [], 0
-        self._touched = self._sampled = False
+        self.touched = self._sampled = False
 
     def _hook(self, stack: int, place: int) -> Callable[[torch.Tensor], None]:
         def keep(grad: torch.Tensor) -> None:
-            self._touched = True
+            self.touched = True
             if self.noise.learns:
                 self._sampled = True
                 with self.stopwatch:
@@ -102,10 +106,13 @@ class SampleCollector:
     def next_micro_batch(self) -> None:
         """The samples that follow belong to another micro-batch."""
         self.slot += 1
+        if self.slot == len(self.buffers[0]):  # a step that has more of them than was said when training began
+            self.buffers = [torch.cat([buffer, torch.zeros_like(buffer[:1])]) for buffer in self.buffers]
+            self._view()
 
     def check(self) -> None:
         """Raise `RuntimeError` where no backward pass reached the blocks since the last step."""
-        if not self._touched:
+        if not self.touched:
             raise RuntimeError(
                 "No gradient reached the LoRA adapters in this step: the loss does not depend on them. Check that the "
                 "adapter that is trained is the active one."
@@ -161,7 +168,7 @@ class SampleCollector:
         if self._sampled:
             for buffer in self.buffers:
                 buffer[: self.slot + 1].zero_()
-        self.slot, self._touched, self._sampled = 0, False, False
+        self.slot, self.touched, self._sampled = 0, False, False
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
 
 
 class Stopwatch:
@@ -46,10 +47,17 @@ class Stopwatch:
 
 
 class StepTimer(TrainerCallback):
-    """Wall time of training steps from the first micro-batch to the optimizer; evaluating and saving are not in it."""
+    """Wall time of training steps from the first micro-batch to the optimizer; evaluating and saving are not in it.
+
+    Counts the examples in them too, since what ran may be less than the arguments say: the last batches of an epoch,
+    or what `auto_find_batch_size` found.
+    """
 
     def __init__(self) -> None:
-        self.steps, self.seconds, self.start = 0, 0.0, 0.0
+        self.steps, self.seconds, self.start, self.examples, self.rows = 0, 0.0, 0.0, 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.__init__()  # type: ignore[misc]  # an attempt that ran out of memory does not count
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.perf_counter()
@@ -58,8 +66,14 @@ class StepTimer(TrainerCallback):
         self.seconds += time.perf_counter() - self.start
         self.steps += 1
 
-    def take(self) -> tuple[int, float]:
-        """Steps and seconds since the last call."""
-        taken = self.steps, self.seconds
-        self.steps, self.seconds = 0, 0.0
+    def count(self, inputs: Any, full: int) -> None:
+        """A micro-batch ran; `full` is how many examples one has, over all processes, that is not cut short."""
+        rows = find_batch_size(inputs) or self.rows  # trainers differ in how many rows an example has
+        self.rows = max(rows, self.rows)
+        self.examples += full * rows / self.rows if self.rows else full
+
+    def take(self) -> tuple[int, float, float]:
+        """Steps, seconds and examples since the last call."""
+        taken = self.steps, self.seconds, self.examples
+        self.steps, self.seconds, self.examples = 0, 0.0, 0.0
         return taken

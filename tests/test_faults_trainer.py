@@ -1,0 +1,297 @@
+"""Faults of the trainers that users met or could meet, each by its smallest input, and its kin."""
+
+import pytest
+import torch
+from conftest import FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
+from datasets import IterableDataset
+from peft import LoraConfig, get_peft_model
+from test_trainers import make, ours
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import DPOTrainer
+
+from nspo2_trl import NSPO2DPOTrainer, attach_nspo2, create_nspo2_optimizer
+from nspo2_trl.training.mixin import NSPO2Mixin
+
+
+def at(event, do):
+    """A callback that calls `do(args, state)` at `event`."""
+    return type("At", (TrainerCallback,), {event: lambda self, args, state, control, **kwargs: do(args, state)})()
+
+
+def adapted():
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
+
+
+# ---- the batch that ran ----
+
+
+class ShortOfMemory(NSPO2DPOTrainer):
+    """Runs out of memory at a batch of more than 3, in the second micro-batch of its third step."""
+
+    calls = 0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.calls += 1
+        if len(inputs["input_ids"]) > 6 and self.calls == 6:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_batch_that_ran_is_logged(make_trainer, pairs, enabled, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **kwargs: None)
+    args = {"per_device_train_batch_size": 4, "auto_find_batch_size": True, "max_steps": 3, "nspo2_enabled": enabled}
+    trainer = make_trainer(ShortOfMemory, **args)
+    trainer.train()
+    assert trainer.calls == 6 + 6 and figures(trainer, "batch_size") == [6, 6, 6]  # 3 pairs, 2 micro-batches
+    if enabled:
+        assert trainer.nspo2.filters[0].step_count == 3  # what the larger batch taught is of another noise
+    few = make_trainer(trainer={"train_dataset": pairs.select(range(7))}, max_steps=4, nspo2_enabled=enabled)
+    few.args.per_device_train_batch_size = 64  # Trainer took it when it was made
+    few.train()
+    assert figures(few, "batch_size") == [4, 3, 4, 3]
+
+
+# ---- what is trained, and how, changed after the trainer was made ----
+
+
+def v_proj(trainer):
+    return [p for name, p in trainer.model.named_parameters() if "lora_" in name and "v_proj" in name]
+
+
+class TrainsAllLora(NSPO2DPOTrainer):
+    """The optimizer has all of LoRA, trained or not; `v_proj` is `frozen` when NSPO2 looks at the model first."""
+
+    frozen = False
+
+    def _nspo2_setup(self, *args):
+        for p in v_proj(self) if self.frozen else ():
+            p.requires_grad_(False)
+        super()._nspo2_setup(*args)
+
+    def create_optimizer(self, *args):
+        self.optimizer = torch.optim.AdamW([p for n, p in self.model.named_parameters() if "lora_" in n], lr=1e-3)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("event", ["", "on_train_begin", "on_step_begin"])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_requires_grad_changed_later(make_trainer, event, wanted, caplog):
+    """Filtered is what is trained, changed by a callback that comes after NSPO2's own too.
+
+    PEFT switches all of an adapter on again when it was off for the reference: here that is done before.
+    """
+    trainer = make_trainer(
+        type("Own", (TrainsAllLora,), {"frozen": wanted}), max_steps=6, precompute_ref_log_probs=True
+    )
+    v = v_proj(trainer)
+
+    def switch(args, state):
+        if event != "on_step_begin" or state.global_step == 3:
+            for p in v:
+                p.requires_grad_(wanted)
+
+    if event:
+        trainer.add_callback(at(event, switch))
+    else:
+        switch(None, None)
+    before = [p.detach().clone() for p in v]
+    trainer.train()
+    held = {id(place.param) for stack in trainer.nspo2.stacks for place in stack.places}
+    assert held == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    assert figures(trainer, "active")[-1] == 1 and all(not p._backward_hooks for p in v)
+    moved = any(not torch.equal(p, old) for p, old in zip(v, before))
+    assert moved == (wanted or event == "on_step_begin")
+    assert ("starts anew" in caplog.text) == (event == "on_step_begin")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("event", ["", "on_train_begin", "on_step_begin", "on_substep_end", "on_step_end"])
+def test_accumulation_changed_later(make_trainer, event, steps):
+    trainer, plain = make_trainer(nspo2_projection_rank=0), make_trainer(DPOTrainer)
+    for made in (trainer, plain):
+
+        def switch(args, state, made=made):
+            if event in ("", "on_train_begin") or state.global_step == 3:
+                made.args.gradient_accumulation_steps = steps
+
+        if event:
+            made.add_callback(at(event, switch))
+        else:
+            switch(None, None)
+        made.train()
+    assert losses(trainer) == losses(plain)
+    assert_same(trainable(trainer), trainable(plain))
+    if event != "on_substep_end":
+        assert figures(trainer, "batch_size")[-1] == 2 * steps
+
+
+def test_options_changed_later(make_trainer):
+    trainer = make_trainer(max_steps=4)
+    trainer.args.nspo2_projection_rank = 2
+    trainer.accelerator.gradient_accumulation_steps = 4
+    trainer.train()
+    assert figures(trainer, "rank")[-1] == 2 and trainer.nspo2.config.projection_rank == 2
+    for name, value in (("projection_rank", -1), ("enabled", False)):
+        setattr(trainer.args, f"nspo2_{name}", value)
+        with pytest.raises(ValueError, match=f"{name}` (must be a whole number|was changed after)"):
+            trainer.train()
+
+
+# ---- optimizers ----
+
+
+class StepsInBackward(torch.optim.Optimizer):
+    """As GaLore's layer-wise optimizers do: a hook steps and drops the gradient, `step` does nothing."""
+
+    def __init__(self, params, through_data):
+        params = list(params)
+        super().__init__(params, {"lr": 1e-3})
+
+        def hook(p):
+            with torch.no_grad():
+                (p.data if through_data else p).sub_(1e-3 * p.grad)
+            p.grad = None if through_data else torch.zeros_like(p.grad)
+
+        for p in params:
+            p.register_post_accumulate_grad_hook(hook)
+
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+@pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["norm"]}])
+def test_an_optimizer_that_steps_in_backward_is_noticed_at_once(make_trainer, through_data, lora):
+    class Own(NSPO2DPOTrainer):
+        def create_optimizer(self, *args):
+            self.optimizer = StepsInBackward((p for p in self.model.parameters() if p.requires_grad), through_data)
+            return self.optimizer
+
+    trainer = make_trainer(Own, lora=lora)
+    with pytest.raises(ValueError, match="^The optimizer steps inside the backward pass.*nspo2_enabled=False`.$"):
+        trainer.train()
+    assert not trainer.state.log_history
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"])
+def test_optimizers_known_to_step_in_backward_are_refused(make_trainer, optim):
+    args = {"optim": optim, "optim_target_modules": ["q_proj"], "gradient_accumulation_steps": 1}
+    with pytest.raises(ValueError, match=f"`optim='{optim}'` steps inside the backward pass"):
+        make_trainer(model="no-such-model", **args)  # before anything is loaded
+    plain = make_trainer(DPOTrainer, **args)
+    with pytest.raises(ValueError, match=f"`optim='{optim}'` steps inside the backward pass"):
+        attach_nspo2(plain)
+    assert make_trainer(nspo2_enabled=False, **args).nspo2 is None
+
+
+def wrapped(model):
+    params = [p for p in model.parameters() if p.requires_grad]
+    return create_nspo2_optimizer(params, torch.optim.AdamW, {"lr": 1e-3})
+
+
+def test_two_doors_are_not_both_taken(make_trainer):
+    """NSPO2 by the trainer and by the optimizer: given, made later, wrapped in another one, or attached to."""
+
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.optimizer = inner
+            super().__init__(inner.param_groups, inner.defaults)
+
+    class Own(NSPO2DPOTrainer):
+        def create_optimizer(self, *args):
+            self.optimizer = Around(wrapped(self.model))
+            return self.optimizer
+
+    def parts():
+        model = adapted()
+        return {"model": model, "model_init_kwargs": None, "trainer": {"optimizers": (wrapped(model), None)}}
+
+    with pytest.raises(ValueError, match="is an NSPO2Optimizer.*filtered twice"):
+        make_trainer(**parts())
+    with pytest.raises(ValueError, match="is an NSPO2Optimizer.*filtered twice"):
+        make_trainer(Own).train()
+    plain = make_trainer(DPOTrainer, **parts())
+    with pytest.raises(ValueError, match="is an NSPO2Optimizer.*filtered twice"):
+        attach_nspo2(plain)
+    assert type(plain) is DPOTrainer
+    for made in (make_trainer(), make_trainer(nspo2_enabled=False), attach_nspo2(make_trainer(DPOTrainer))):
+        with pytest.raises(ValueError, match="has NSPO2 already"):
+            attach_nspo2(made)
+    make_trainer(**parts(), nspo2_enabled=False, max_steps=1).train()  # one door is enough
+
+
+# ---- trainers of one's own ----
+
+
+def with_its_own_argument(base):
+    class Own(base):
+        """Takes `alpha`, and hands on the rest by name."""
+
+        def __init__(self, model, alpha, **kwargs):
+            super().__init__(model=model, **kwargs)
+            self.alpha = alpha
+
+    return Own
+
+
+def under_the_mixin(base):
+    """The mixin before a trainer of one's own."""
+    trl_trainer = base.__mro__[base.__mro__.index(NSPO2Mixin) + 1 :]
+    trl_trainer = next(kind for kind in trl_trainer if kind.__name__.endswith("Trainer"))
+    own = with_its_own_argument(trl_trainer)
+    return type("Mixed", (NSPO2Mixin, own), {"_nspo2_config_class": base._nspo2_config_class})
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "Reward", "SFT"])
+@pytest.mark.parametrize("derive", [with_its_own_argument, under_the_mixin])
+def test_a_signature_of_ones_own(kind, derive, pairs, tmp_path):
+    base, config = ours(kind)
+    cls = derive(base)
+
+    class Called(cls):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, alpha=0.5, retain_dataset=["Rosa saw a bell in spring"] * 10, **kwargs)
+
+    trainer = make(Called, config, kind, pairs, tmp_path, **FAST_NSPO2)
+    assert trainer.alpha == 0.5 and trainer.args.learning_rate == 2e-3 and trainer.nspo2 is not None
+    assert len(trainer.nspo2_retained.texts) == 8
+    with pytest.raises(TypeError, match="alpha"):  # Python's own words
+        make(cls, config, kind, pairs, tmp_path)
+
+
+# ---- streams ----
+
+
+def stream(rows, pulled=None):
+    """Can be read once only; counts in `pulled` what was."""
+    rest = iter(rows)
+
+    def read():
+        for row in rest:
+            if pulled is not None:
+                pulled.append(row)
+            yield row
+
+    return IterableDataset.from_generator(read)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_stream_loses_no_row_more_than_with_trl(make_trainer, pairs, enabled):
+    rows, taken, runs = list(pairs.select(range(20))), [], []
+    for cls, off in ((DPOTrainer, {}), (NSPO2DPOTrainer, {"nspo2_enabled": enabled, "nspo2_projection_rank": 0})):
+        taken.append([])
+        trainer = make_trainer(cls, trainer={"train_dataset": stream(rows, taken[-1])}, max_steps=2, **off)
+        assert len(taken[-1]) < 4  # what TRL looks at
+        trainer.train()
+        runs.append(losses(trainer))
+    assert taken[0] == taken[1] and runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [([], "is empty"), ([{"prompt": "a", "answer": "b"}], "no column `chosen` and `rejected`, it has prompt, answer")],
+)
+def test_a_stream_that_cannot_work_is_refused(make_trainer, rows, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(trainer={"train_dataset": stream(rows)})
