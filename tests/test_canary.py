@@ -30,7 +30,8 @@ LIBRARIES = ("accelerate", "datasets", "deepspeed", "peft", "safetensors", "torc
 # Names that the package uses, by where they stand. An attribute that is set on instances counts as well.
 NAMES = {
     "transformers.Trainer": "_get_output_dir add_callback remove_callback is_world_process_zero accelerator deepspeed "
-    "is_fsdp_enabled optimizer save_state _save _train_batch_size",
+    "is_fsdp_enabled optimizer save_state _save _train_batch_size "
+    "_initial_global_step is_in_train",
     "transformers.TrainerState": "max_steps global_step log_history",
     "transformers.TrainingArguments": "train_batch_size gradient_accumulation_steps world_size process_index "
     "should_save eval_on_start to_dict",
@@ -79,6 +80,7 @@ METHODS = {
     "transformers.Trainer.compute_loss": "model inputs",
     "transformers.Trainer.evaluation_loop": "",
     "transformers.Trainer.training_step": "model inputs",
+    "transformers.Trainer.get_batch_samples": "epoch_iterator num_batches",
     "trl.trainer.base_trainer._BaseTrainer.create_model_card": "model_name dataset_name",
     "trl.trainer.utils.get_config_model_id": "config",
     "trl.TrlParser.parse_args_and_config": "args",

@@ -1,5 +1,8 @@
 """Faults of the trainers that users met or could meet, each by its smallest input, and its kin."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOTrainer
 
 from nspo2_trl import NSPO2DPOTrainer, attach_nspo2, create_nspo2_optimizer
+from nspo2_trl.cli.train import main
 from nspo2_trl.training.mixin import NSPO2Mixin
 
 
@@ -295,3 +299,139 @@ def test_a_stream_loses_no_row_more_than_with_trl(make_trainer, pairs, enabled):
 def test_a_stream_that_cannot_work_is_refused(make_trainer, rows, words):
     with pytest.raises(ValueError, match=words):
         make_trainer(trainer={"train_dataset": stream(rows)})
+
+
+# ---- resuming ----
+
+
+@pytest.fixture
+def saved(make_trainer):
+    """`saved()`: a run of 4 steps; and `make(...)` makes another trainer on its output_dir."""
+    make = lambda **args: make_trainer(**{"save_strategy": "steps", "save_steps": 2, "max_steps": 4} | args)
+    trainer = make()
+    trainer.train()
+    return trainer, make
+
+
+RETAINED = {"retain_dataset": [f"Rosa saw {i} bells in spring" for i in range(10)]}
+EPOCHS = {"max_steps": -1, "num_train_epochs": 0.25}
+
+
+@pytest.mark.parametrize("args", [{}, {"max_steps": 3}, EPOCHS, {"nspo2_retain_rank": 2, "trainer": RETAINED}])
+def test_a_finished_run_stays_as_it_is(saved, caplog, args):
+    done, make = saved
+    rest = make(**args)
+    for checkpoint in (True, f"{done.args.output_dir}/checkpoint-4"):
+        result = rest.train(resume_from_checkpoint=checkpoint)
+        assert result.global_step == 4 and re.search("finished, at step 4 of [34]", caplog.text)
+    assert rest.nspo2_retain_projected == ("trainer" in args)
+    if "trainer" not in args:
+        assert_same(trainable(rest), trainable(done))
+    logged = [entry for entry in rest.state.log_history if "train_loss" in entry]
+    assert losses(rest) == losses(done) and not logged and rest.nspo2.filters[0].step_count == 4
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({}, "`max_steps` 4 -> 6.$"),
+        ({"beta": 0.5, "seed": 3}, "`max_steps` 4 -> 6, `seed` 0 -> 3, `beta` default -> 0.5.$"),
+        ({"learning_rate": 1e-5}, "`learning_rate` 0.002 -> 1e-05 .the checkpoint's stays.."),
+        ({"nspo2_enabled": False}, "`max_steps` 4 -> 6, `nspo2_enabled` default -> False.$"),
+        ({"nspo2_strategy": "noise"}, "`nspo2_strategy` default -> noise.$"),
+        ({"lora": {"lora_alpha": 16}}, "`lora_alpha` 8 -> 16.$"),
+        ({"rows": 50}, "`training data` 64 rows [0-9a-f]{8} -> 50 rows [0-9a-f]{8}.$"),
+    ],
+)
+def test_what_is_other_than_in_the_checkpoints_run_is_said(saved, pairs, caplog, args, words):
+    done, make = saved
+    args = dict(args)
+    data = {"train_dataset": pairs.select(range(args.pop("rows", 64)))}
+    rest = make(trainer=data, max_steps=6, **args)
+    rest.train(resume_from_checkpoint=True)
+    said = [record.getMessage() for record in caplog.records if "Other than in the run of" in record.getMessage()]
+    assert len(said) == 1 and re.search(words, said[0]), said
+    assert rest.state.global_step == 6
+    rest.create_model_card()
+    assert ("resumed with `nspo2_enabled: false`" in card(rest)) == ("nspo2_enabled" in args)
+    if not args:
+        make().train(resume_from_checkpoint=f"{done.args.output_dir}/checkpoint-2")
+        assert "checkpoint-2'" not in caplog.text
+
+
+def card(trainer):
+    return (Path(trainer.args.output_dir) / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({"lora": {"target_modules": ["q_proj"]}}, "does not fit this run's: it has `r` 4 and `target_modules` "),
+        ({"lora": {"r": 8}}, "does not fit this run's: it has `r` 4"),
+        ({"lora": {"use_dora": True}}, "does not fit this run's"),
+        ({"optim": "sgd"}, "is of another optimizer, it has no `dampening` and `momentum`:"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused_in_a_sentence(saved, args, words):
+    done, make = saved
+    for enabled in (True, False):
+        rest = make(nspo2_enabled=enabled, max_steps=6, **args)
+        with pytest.raises(ValueError, match=words) as refused:
+            rest.train(resume_from_checkpoint=True)
+        assert len(str(refused.value).splitlines()) == 1
+
+
+# ---- runs that diverge ----
+
+
+class Diverges(NSPO2DPOTrainer):
+    """The loss is NaN, or its gradient alone, from `start` to `stop`."""
+
+    start, stop, gradient = 4, 100, False
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if not self.start <= self.state.global_step + 1 < self.stop:
+            return loss
+        return loss + (loss * 0).sqrt() * self.gradient if self.gradient else loss * float("nan")
+
+
+OFF, RANK_0 = {"nspo2_enabled": False}, {"nspo2_projection_rank": 0}
+
+
+@pytest.mark.parametrize(
+    "options, gradient, start, stop, since",
+    [
+        ({}, False, 4, 9, 4),
+        ({}, True, 4, 9, 4),
+        ({}, False, 3, 5, None),  # dropped, and all is well again
+        ({}, False, 8, 9, None),
+        (OFF, False, 4, 5, 4),
+        (OFF, True, 4, 5, 5),  # the weights are NaN from then on
+        (OFF, False, 8, 9, 8),
+        (RANK_0, True, 4, 5, 4),
+    ],
+)
+def test_a_run_that_diverged_says_so(make_trainer, caplog, options, gradient, start, stop, since):
+    trainer = make_trainer(type("Own", (Diverges,), {"start": start, "stop": stop, "gradient": gradient}), **options)
+    trainer.train()
+    trainer.create_model_card()
+    assert trainer.nspo2_diverged_at == since
+    assert since is None or f"not finite from step {since} on: lower `learning_rate`" in caplog.text
+    assert (f"not finite from step {since} on." in card(trainer)) == (since is not None)
+    if since and not options:
+        trainer.stop = 0
+        trainer.train()
+        assert trainer.nspo2_diverged_at is None
+
+
+@pytest.mark.parametrize("off", [[], ["--nspo2_enabled", "false"]])
+def test_the_command_fails_where_the_run_diverged(in_the_repository, tmp_path, monkeypatch, capsys, off):
+    monkeypatch.setattr("nspo2_trl.cli.train.NSPO2DPOTrainer", Diverges)
+    recipe = ["--config", "recipes/quickstart/dpo.yaml", "--max_steps", "5", "--eval_strategy", "no"]
+    quick = ["--nspo2_retain_project", "no", "--nspo2_retain_kl", "0", "--nspo2_retain_samples", "10"]
+    with pytest.raises(SystemExit) as left:
+        main([*recipe, *quick, *off, "--output_dir", str(tmp_path), "--logging_steps", "1"])
+    assert left.value.code.startswith("error: the loss or a gradient was not finite from step 4 on: lower")
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert "the first basis comes after" not in capsys.readouterr().out

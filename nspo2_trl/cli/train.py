@@ -25,7 +25,9 @@ from trl import DatasetMixtureConfig, ModelConfig, RichProgressCallback, get_pef
 from ..training.card import means, measured
 from ..training.checkpoints import CheckpointError, last_whole
 from ..training.dpo import NSPO2DPOTrainer
+from ..training.mixin import DIVERGED
 from ..training.options import NSPO2DPOConfig
+from ..training.resuming import refuse_other_adapter
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .data import ROWS_AT_ONCE, NSPO2ScriptArguments, splits
 
@@ -122,9 +124,11 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         table = Table("", "", "", title="NSPO2, mean of what was logged")
         for cells in measured(trainer):
             table.add_row(*cells)
-        table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
+        if trainer.nspo2 is not None:  # as where a run with it is resumed without
+            table.add_row("state", f"{trainer.nspo2.state_bytes / 2**20:.1f} MiB", "memory")
         console.print(table)
-        if not figures.get("active") and trainer.args.nspo2_projection_rank > 0:
+        idle = not figures.get("active") and trainer.args.nspo2_projection_rank > 0
+        if idle and trainer.nspo2 is not None and trainer.nspo2_diverged_at is None:
             first = f"{trainer.args.nspo2_update_freq} steps (`nspo2_update_freq`)"
             print(
                 f"NSPO2 projected nothing: the first basis comes after {first}, and the first log after that shows it."
@@ -154,6 +158,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
             check_adapter(checkpoint, model_args)
         args.eval_on_start = args.eval_on_start or (args.eval_strategy != "no" and checkpoint is None)
         trainer = build(script_args, args, model_args, mixture)
+        if checkpoint is not None:
+            refuse_other_adapter(checkpoint, trainer.model)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -194,9 +200,13 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         sys.exit(f"error: the trained adapter could not be written ({error}): make room for it, then {again}.")
     if main_process:
         report(trainer)
-    if args.push_to_hub:
+    since = trainer.nspo2_diverged_at
+    if args.push_to_hub and since is None:
         trainer.push_to_hub(dataset_name=dataset)
     trainer.end()
+    if since is not None:
+        words = f"error: the loss or a gradient was not finite from step {since} on: {DIVERGED}."
+        sys.exit(words if main_process else 1)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import TrainerCallback
 
 from .deepspeed import unwrap_step
 from .refusals import refuse_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class StepCallback(TrainerCallback):
@@ -21,6 +24,15 @@ class StepCallback(TrainerCallback):
         self.trainer._nspo2_follow()
         self.trainer._nspo2_attach()
         self.trainer.nspo2_time.take()  # of an attempt that ran out of memory
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                logger.warning(
+                    "This run is finished, at step %d of %d: nothing is trained. To go on, raise `max_steps` or "
+                    "`num_train_epochs`.",
+                    state.global_step,
+                    state.max_steps,
+                )
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.nspo2_samples.next_micro_batch()

@@ -78,7 +78,7 @@ def recipe(trainer: Any) -> dict:
         lora = {option: getattr(peft_config, name, None) for option, name in _LORA.items()}
         lora |= {option: sorted(value) for option, value in lora.items() if isinstance(value, set)}
         chosen |= {"use_peft": True} | {option: value for option, value in lora.items() if value}
-    if getattr(trainer.model.config, "quantization_config", None) is not None:
+    if getattr(getattr(trainer.model, "config", None), "quantization_config", None) is not None:
         chosen["load_in_4bit" if getattr(trainer.model, "is_loaded_in_4bit", False) else "load_in_8bit"] = True
     plain = json.loads(json.dumps(chosen, default=lambda v: v.item() if hasattr(v, "item") else str(v)))
     return _without_secrets(plain)
@@ -92,7 +92,7 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _base_model(trainer: Any) -> str:
-    return _public(str(trainer.model.config._name_or_path))
+    return _public(str(getattr(getattr(trainer.model, "config", None), "_name_or_path", "")))
 
 
 def _public(name: str) -> str:
@@ -103,6 +103,8 @@ def _public(name: str) -> str:
 
 def _what_was_done(trainer: Any) -> str:
     args = trainer.args
+    if trainer.nspo2 is None and means(trainer.state.log_history):
+        return "Trained with NSPO2 at first; then the run was resumed with `nspo2_enabled: false`, that is without it."
     if trainer.nspo2 is None:
         return "Trained by an NSPO2 trainer with `nspo2_enabled: false`, that is without NSPO2."
     estimate = "NSPO2 estimates the noise of the LoRA adapters' gradients while training runs"
@@ -159,6 +161,8 @@ def add_to_card(path: str, trainer: Any) -> None:
     figures = _evaluated(history) + _retained_figures(history) + measured(trainer)
     steps = trainer.state.global_step
     lines = ["## NSPO2", "", _what_was_done(trainer), "", *_what_was_retained(trainer)]
+    if (since := trainer.nspo2_diverged_at) is not None:
+        lines += [f"The run diverged: its loss or a gradient was not finite from step {since} on.", ""]
     lines += [f"Measured in this run of {steps} steps; NSPO2's figures are means of what was logged:"]
     lines += ["", "| figure | value | |", "|---|---|---|"]
     lines += [f"| `{key}` | {value} | {words} |" for key, value, words in figures]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from ..projections.noise import NoiseProjection
 from ..projections.protocol import Projection
 from .deepspeed import wrap_step
+from .divergence import Divergence
 from .options import nspo2_options
 from .refusals import STEPS_IN_BACKWARD
 from .samples import SampleCollector
@@ -35,21 +36,34 @@ class MicroBatchMixin(_BaseTrainer):
     nspo2_projections: Sequence[Projection]
     nspo2_samples: SampleCollector
     nspo2_step_timer: StepTimer
+    nspo2_divergence: Divergence
     _nspo2_start: Any
     _nspo2_before_step: Any
     _nspo2_made_for: tuple
     _nspo2_params: Sequence[torch.nn.Parameter] = ()  # while training runs, all of the model's
     _nspo2_retain_micro: int
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer asks once even where it resumes a run that is finished, and would train a step on what it gets
+        finished = self.is_in_train and self.state.global_step >= self.state.max_steps
+        return ([], None) if finished and self.nspo2 is not None else super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         world = 1 if self.accelerator.split_batches else self.args.world_size
         self.nspo2_step_timer.count(inputs, self._train_batch_size * world)
         if self.nspo2 is None:
-            return super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:
+            loss = self._nspo2_watched(model, inputs, *args, **kwargs)
+        self.nspo2_divergence.see_loss(loss, self.state.global_step + 1)
+        return loss
+
+    def _nspo2_watched(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batch's loss; raises `ValueError` where an optimizer steps in its backward pass."""
         self._nspo2_keep_up()
         filtered = [place.param for stack in self.nspo2.stacks for place in stack.places]
         versions = [p._version for p in filtered]
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
         # DeepSpeed steps in there too, and calls NSPO2 before; where FSDP2 shards, a gradient comes with the last one
         if self.deepspeed is None and not isinstance(filtered[0], DTensor):
             gone = self.nspo2_samples.touched and all(p.grad is None for p in filtered)

@@ -8,6 +8,7 @@ projections; the optimizer steps as ever, and `_nspo2_after_step` tells them so.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from ..projections.protocol import Step
 from .callback import StepCallback
 from .card import add_to_card
 from .deepspeed import whole_params
+from .divergence import Divergence
 from .micro_batches import MicroBatchMixin
 from .options import NSPO2Arguments, nspo2_options
 from .refusals import refuse_optimizer, refuse_unsupported, say_what_is_plain
@@ -36,6 +38,10 @@ from .timing import StepTimer, Stopwatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+DIVERGED = "lower `learning_rate`, and go on from a checkpoint before"
 
 
 def _by_name(kind: type, args: tuple, kwargs: dict) -> dict:
@@ -69,6 +75,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     deepspeed: Any  # its engine, None without DeepSpeed
     nspo2: NoiseProjection | Any  # None where NSPO2 is off
     _nspo2_config_class: type[NSPO2Arguments]
+    _nspo2_diverged_at: int | None = None  # as said last
 
     def _nspo2_init(self, *args: Any, retain_dataset: Texts | None = None, **kwargs: Any) -> None:
         given = _by_name(type(self), args, kwargs)
@@ -105,7 +112,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     def _nspo2_setup(self, retain_dataset: Texts | None = None) -> None:
         self.nspo2, self.nspo2_projections = None, []
         self._nspo2_retain_setup(retain_dataset)
-        self.nspo2_step_timer = StepTimer()
+        self.nspo2_step_timer, self.nspo2_divergence = StepTimer(), Divergence()
         self.add_callback(self.nspo2_step_timer)
         if not self.args.nspo2_enabled:
             return
@@ -143,9 +150,10 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
             progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else None
             step = Step(self.nspo2_samples.collect(), others, progress)
             found = [projection.before_step(step) for projection in self.nspo2_projections]
-        # A gradient that would ruin the weights is dropped; but at rank 0 a run is plain TRL to the bit, and under
-        # fp16 the loss scaler skips the step itself.
-        if all(found) or self.args.nspo2_projection_rank == 0 or self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None:
+            return
+        self.nspo2_divergence.see_gradient(all(found), self.state.global_step + 1)
+        if all(found) or not self._nspo2_drops():
             return
         if any_bad((p.grad for p in self.model.parameters()), self.nspo2.total):
             self.optimizer.zero_grad(set_to_none=True)
@@ -160,6 +168,8 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # only with the loss, or at the end: callbacks log other things, and these figures belong to a window of steps
         mine = "loss" in logs or "train_loss" in logs
+        if "train_loss" in logs and self.nspo2 is not None and self.state.global_step == self._initial_global_step:
+            return  # of a run that was finished before: no step was taken, and no loss seen
         steps, seconds, examples = self.nspo2_step_timer.take() if mine else (0, 0.0, 0.0)
         if steps:
             batch = examples / steps
@@ -172,11 +182,31 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
                 self.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
                 figures["sentinel_level"] = self.nspo2.sentinel.level
             logs = {**logs, **{f"nspo2/{name}": value for name, value in figures.items()}}
+            self._nspo2_tell_divergence()
         super().log(logs, *args, **kwargs)
+
+    def _nspo2_tell_divergence(self) -> None:
+        at, told = self.nspo2_diverged_at, self._nspo2_diverged_at
+        self._nspo2_diverged_at = at
+        if at is not None and at != told and self.is_world_process_zero():
+            logger.warning("The loss or a gradient is not finite from step %d on: %s.", at, DIVERGED)
+
+    @property
+    def nspo2_diverged_at(self) -> int | None:
+        """The step from which on, up to now, each loss or gradient was not finite; None where the run is sound."""
+        return self.nspo2_divergence.since(self.state.global_step, self._nspo2_drops())
+
+    def _nspo2_drops(self) -> bool:
+        """Whether a gradient with NaN or Inf is dropped, which would ruin the weights.
+
+        At rank 0 a run is plain TRL to the bit; under fp16 the loss scaler skips the step itself.
+        """
+        return self.accelerator.scaler is not None or (self.nspo2 is not None and self.args.nspo2_projection_rank > 0)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.nspo2_enabled != (self.nspo2 is not None):
             raise ValueError("`nspo2_enabled` was changed after the trainer was made: make the trainer anew.")
+        self.nspo2_divergence, self._nspo2_diverged_at = Divergence(), None
         output = super().train(*args, **kwargs)
         self._nspo2_retain_end()
         return output

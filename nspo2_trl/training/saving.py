@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ..projections.protocol import Projection
 from .checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, first_line, half_saved, last_whole, refuse_half
+from .resuming import differences, refuse_other_adapter, save_run
 
 if TYPE_CHECKING:
     from trl.trainer.base_trainer import _BaseTrainer
@@ -26,6 +27,7 @@ class SavingMixin(_BaseTrainer):
     """The part of [`NSPO2Mixin`] that saves and resumes."""
 
     nspo2_projections: Sequence[Projection]  # empty where NSPO2 is off
+    optimizer: Any
     _nspo2_start: Any  # makes the projections anew
     _nspo2_follow: Any  # has them work on the parameters that are trained
 
@@ -40,6 +42,11 @@ class SavingMixin(_BaseTrainer):
             resume_from_checkpoint = found or True
         elif resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
             refuse_half(resume_from_checkpoint)
+        if isinstance(resume_from_checkpoint, str) and os.path.isdir(resume_from_checkpoint):
+            refuse_other_adapter(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
+            told = differences(resume_from_checkpoint, self)
+            if told and self.is_world_process_zero():
+                logger.warning("Other than in the run of %r: %s.", resume_from_checkpoint, told)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -61,6 +68,8 @@ class SavingMixin(_BaseTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_run(output_dir, self)
         if not self.nspo2_projections:
             return
         state: dict = {}
@@ -84,7 +93,14 @@ class SavingMixin(_BaseTrainer):
             raise error or OSError("another process could not write its part")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        groups = lambda: {key for group in self.optimizer.param_groups for key in group if key != "initial_lr"}
+        wanted = groups()
         super()._load_optimizer_and_scheduler(checkpoint)
+        if missing := wanted - groups():
+            raise ValueError(
+                f"`resume_from_checkpoint`: the state in {checkpoint!r} is of another optimizer, it has no "
+                f"{' and '.join(f'`{key}`' for key in sorted(missing))}: resume with the `optim` of its run."
+            )
         if not self.nspo2_projections or checkpoint is None:
             return
         self._nspo2_follow()
