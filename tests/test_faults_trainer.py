@@ -12,7 +12,7 @@ from test_trainers import make, ours
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOTrainer
 
-from nspo2_trl import NSPO2DPOTrainer, attach_nspo2, create_nspo2_optimizer
+from nspo2_trl import NSPO2DPOTrainer, NSPO2KTOConfig, NSPO2KTOTrainer, attach_nspo2, create_nspo2_optimizer
 from nspo2_trl.cli.train import main
 from nspo2_trl.training.mixin import NSPO2Mixin
 
@@ -435,3 +435,40 @@ def test_the_command_fails_where_the_run_diverged(in_the_repository, tmp_path, m
     assert left.value.code.startswith("error: the loss or a gradient was not finite from step 4 on: lower")
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert "the first basis comes after" not in capsys.readouterr().out
+
+
+# ---- arguments that make no sense ----
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({"beta": 0.0}, "`beta` must be above 0, got 0.0"),
+        ({"beta": -0.1, "loss_type": ["ipo"]}, "`beta` must be above 0, got -0.1"),
+        ({"beta": float("nan"), "loss_type": ["sft", "hinge"]}, "`beta` must be above 0"),
+        ({"max_steps": 0}, "`max_steps` is 0"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "`max_steps` is 0, or -1 with no `num_train_epochs`"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1"),
+    ],
+)
+def test_arguments_that_teach_nothing_are_refused(make_trainer, tmp_path, args, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(model="no-such-model", **args)  # before anything is loaded
+    with pytest.raises(ValueError, match=words):
+        attach_nspo2(make_trainer(DPOTrainer, **args))
+    if "beta" in args:
+        with pytest.raises(ValueError, match=words):
+            NSPO2KTOTrainer("no", args=NSPO2KTOConfig(str(tmp_path), beta=args["beta"], bf16=False, use_cpu=True))
+    make_trainer(**args | {"max_steps": 1, "gradient_accumulation_steps": 1, "loss_type": ["sft"]})
+
+
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_modules_that_are_not_there_are_named(make_trainer, caplog, option):
+    there = {"target_modules": "q_proj", "modules_to_save": "norm"}[option]
+    for names, said in (([there], False), ([there, "query"], True)):
+        make_trainer(lora={option: names})
+        assert (f"`{option}` has 'query', which no module of the model is called" in caplog.text) == said
+    caplog.clear()
+    make_trainer(lora={option: ".*q_proj" if option == "target_modules" else None})
+    attach_nspo2(make_trainer(DPOTrainer, lora={option: [there, "query"]}))
+    assert caplog.text.count("no module of the model is called") == 1

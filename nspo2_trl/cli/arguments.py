@@ -14,6 +14,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from ..config import refuse_removed
 from ..training.checkpoints import last_whole, refuse_half
 from ..training.options import NSPO2DPOConfig
+from ..training.refusals import refuse_arguments
 from .data import NSPO2ScriptArguments, nearest
 
 HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
@@ -119,6 +120,7 @@ def parse(argv: list[str]) -> tuple:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(args, name)}.")
+    refuse_arguments(args)
     if script_args.dataset_name is None and not mixture.datasets:
         raise ValueError("`dataset_name` is missing: set it to a hub id, a local folder or a .jsonl or .parquet file.")
     return script_args, args, model_args, mixture

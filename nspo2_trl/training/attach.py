@@ -11,7 +11,7 @@ from ..config import NSPO2Config
 from ..layout.adapters import lora_blocks
 from ..retain_config import RetainConfig
 from .mixin import NSPO2Mixin
-from .refusals import refuse_optimizer, refuse_unsupported
+from .refusals import refuse_arguments, refuse_optimizer, refuse_unsupported
 from .retain import Texts
 
 
@@ -37,6 +37,7 @@ def attach_nspo2(
     assert trainer.model is not None
     lora_blocks(trainer.model)
     refuse_unsupported(trainer.accelerator)  # before the trainer is changed
+    refuse_arguments(trainer.args)
     refuse_optimizer(trainer.args, trainer.optimizer)
     args: Any = trainer.args
     args.nspo2_enabled = True

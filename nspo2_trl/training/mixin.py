@@ -29,7 +29,7 @@ from .deepspeed import whole_params
 from .divergence import Divergence
 from .micro_batches import MicroBatchMixin
 from .options import NSPO2Arguments, nspo2_options
-from .refusals import refuse_optimizer, refuse_unsupported, say_what_is_plain
+from .refusals import refuse_arguments, refuse_optimizer, refuse_unsupported, say_what_is_plain, warn_of_unmatched
 from .retain import Texts
 from .retain_mixin import RetainMixin
 from .samples import SampleCollector, sample_share
@@ -104,6 +104,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
         """Refuse what can be refused before anything is loaded; `given` are the arguments by name."""
         if not given["args"].nspo2_enabled:
             return
+        refuse_arguments(given["args"])
         refuse_optimizer(given["args"], given.get("optimizers", (None,))[0])
         model = given.get("model")
         if given.get("peft_config") is None:
@@ -120,6 +121,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
         self.nspo2_time = Stopwatch(self.accelerator.device)
         self._nspo2_start()
         if self.is_world_process_zero():
+            warn_of_unmatched(self.accelerator.unwrap_model(self.model))
             say_what_is_plain(self.model, self._nspo2_others)
         self.add_callback(StepCallback(self))
 

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from trl import DPOConfig, KTOConfig
 
 from .optimizer import NSPO2Optimizer
 
@@ -58,6 +59,36 @@ def say_what_is_plain(model: nn.Module, outside: Iterable[nn.Parameter]) -> None
             "trained as without it.",
             *(len(names), names[0]),
         )
+
+
+def refuse_arguments(args: Any) -> None:
+    """Raise `ValueError` for arguments that train nothing, or another thing than they say."""
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(
+            "`max_steps` is 0, or -1 with no `num_train_epochs`: there is nothing to train; set one of them above 0."
+        )
+    if args.gradient_accumulation_steps < 1:
+        raise ValueError(f"`gradient_accumulation_steps` must be at least 1, got {args.gradient_accumulation_steps}.")
+    without = isinstance(args, DPOConfig) and set(args.loss_type) <= {"sft"}
+    if isinstance(args, (DPOConfig, KTOConfig)) and not args.beta > 0 and not without:
+        raise ValueError(
+            f"`beta` must be above 0, got {args.beta}: at 0 the loss teaches nothing, below it the rejected answers."
+        )
+
+
+def warn_of_unmatched(model: Any) -> None:
+    """Say which modules the LoRA config names that the model does not have; PEFT passes over them."""
+    modules = [name for name, _ in model.named_modules()]
+    for adapter in getattr(model, "active_adapters", []):
+        for option in ("target_modules", "modules_to_save"):
+            wanted = getattr(model.peft_config[adapter], option, None) or ()
+            names = [] if isinstance(wanted, str) else sorted(wanted)
+            missing = [name for name in names if not any(f".{module}".endswith(f".{name}") for module in modules)]
+            if missing:
+                words = " and ".join(map(repr, missing))
+                logger.warning("`%s` has %s, which no module of the model is called: not trained.", option, words)
+
+
 def refuse_optimizer(args: Any, optimizer: Any = None) -> None:
     """Raise `ValueError` for an optimizer that filters by itself, or that steps inside the backward pass.
 
