@@ -1,8 +1,14 @@
 """The table of metrics: what is logged as `nspo2/NAME`, with its meaning and unit."""
 
+VANISHED = 0.01  # below this share of the run's largest gradient norm what is left is no noise worth a figure
+
 # what it is, unit
 METRICS = {
-    "variance_reduction": ("share of the noise that the filter removes, on samples that it had not seen", ""),
+    "variance_reduction": (
+        "share of the noise that the filter removes, on samples that it had not seen; absent where the gradient has "
+        f"vanished, that is below {VANISHED:.0%} of the run's largest",
+        "",
+    ),
     "bias": ("1 - cos(m, m′): m the running mean gradient, m′ what the filter makes of it", ""),
     "rank": ("directions removed, mean over blocks", "directions"),
     "alpha": ("share of the projection that the trust region lets through, mean over blocks", ""),

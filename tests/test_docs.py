@@ -116,7 +116,8 @@ def test_every_option_of_the_data_has_its_default():
 
 @each_page
 def test_options_that_are_named_exist(page):
-    known = {name for name in defaults(NSPO2DPOConfig) if name.startswith("nspo2_")} | {"nspo2_trl", "nspo2_state"}
+    known = {name for name in defaults(NSPO2DPOConfig) if name.startswith("nspo2_")}
+    known |= {"nspo2_trl", "nspo2_state", "nspo2_run"}
     if page.name == "CHANGELOG.md":
         known |= {f"nspo2_{name}" for name in REMOVED}
     assert set(re.findall(r"(?<!\w)nspo2_\w+", page.read_text())) <= known

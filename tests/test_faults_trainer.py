@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOTrainer
 
 from nspo2_trl import NSPO2DPOTrainer, NSPO2KTOConfig, NSPO2KTOTrainer, attach_nspo2, create_nspo2_optimizer
+from nspo2_trl.cli import runs
 from nspo2_trl.cli.train import main
 from nspo2_trl.training.mixin import NSPO2Mixin
 
@@ -356,7 +357,7 @@ def test_what_is_other_than_in_the_checkpoints_run_is_said(saved, pairs, caplog,
     assert ("resumed with `nspo2_enabled: false`" in card(rest)) == ("nspo2_enabled" in args)
     if not args:
         make().train(resume_from_checkpoint=f"{done.args.output_dir}/checkpoint-2")
-        assert "checkpoint-2'" not in caplog.text
+        assert "checkpoint-2:" not in caplog.text
 
 
 def card(trainer):
@@ -472,3 +473,25 @@ def test_modules_that_are_not_there_are_named(make_trainer, caplog, option):
     make_trainer(lora={option: ".*q_proj" if option == "target_modules" else None})
     attach_nspo2(make_trainer(DPOTrainer, lora={option: [there, "query"]}))
     assert caplog.text.count("no module of the model is called") == 1
+
+
+def test_no_share_of_a_noise_that_has_vanished(make_trainer, caplog):
+    """The loss, and so its gradient, falls to nothing in a run, and stays so when that is resumed; then it is back."""
+
+    class Solved(NSPO2DPOTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (1e-4 if 5 <= self.state.global_step < 10 else 1.0)
+
+    args = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "gradient_accumulation_steps": 1}
+    trainer = make_trainer(Solved, **args)
+    trainer.train()
+    logged = lambda made: [e["step"] for e in made.state.log_history if "nspo2/variance_reduction" in e]
+    assert logged(trainer) == [4, 5, 11, 12]
+    assert figures(trainer, "active")[3:] == [1] * 9
+    rest = make_trainer(Solved, **args)
+    rest.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-6")
+    assert logged(rest) == logged(trainer)
+    rest.create_model_card()
+    assert "absent where the gradient has vanished" in card(rest)
+    notes = runs.of(rest.state.log_history, "run").notes
+    assert any("the gradient had vanished at step 6" in note for note in notes)

@@ -7,11 +7,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import stdev
 from typing import Any
 
+from ..metrics import VANISHED
 from ..training.checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, checkpoints
 
 SPECTRA = 5  # checkpoints whose spectrum is read, at most
@@ -113,6 +115,11 @@ def of(entries: Sequence[dict], name: str, index: int = 0, steps: float = 0) -> 
     if bad:
         step, key = bad[0]
         run.notes.append(f"NaN or infinite and left out: {len(bad)} logged values, the first {key} at step {step:g}.")
+    at, norms = run.series("nspo2/grad_norm_raw")
+    largest = accumulate(norms, lambda so_far, norm: norm if norm > so_far else so_far, initial=0.0)
+    gone = [step for step, norm, most in zip(at, norms, largest) if norm < VANISHED * most]
+    if gone:
+        run.notes.append(f"the gradient had vanished at step {gone[0]:g}: from then on no share of noise removed.")
     _add_times(run)
     return run
 

@@ -19,6 +19,7 @@ from ..engine.state import in_dtype
 from ..engine.sums import spectrum
 from ..layout.blocks import Block, Unit, units
 from ..layout.stacks import Stack, stacked
+from ..metrics import VANISHED
 from .protocol import Step
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ class NoiseProjection:
         self.sentinel = BiasSentinel.of(self.config)
         self.stacks: list[Stack] = []
         self.filters: list[NoiseFilter] = []
-        self.skipped_steps = 0
         self._add(units(blocks, self.config.covariance), layout or {})
+        self.skipped_steps, self.largest = 0, 0.0  # steps; mean gradient norm between two calls of `metrics`
         self._samples: list[torch.Tensor | None] = []  # of the step, for each stack; empty where it is left out
         self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
 
@@ -187,6 +188,9 @@ class NoiseProjection:
         before, after, steps, active = self._norms.tolist()
         found = {"skipped_steps": self.skipped_steps, **figures(self.filters, batch_size)}
         if steps:
+            self.largest = max(self.largest, before / steps)
+            if before / steps < VANISHED * self.largest:
+                found.pop("variance_reduction", None)
             found |= {"grad_norm_raw": before / steps, "grad_norm": after / steps, "active": active / steps}
         if not self.recent:
             self._norms.zero_()
@@ -223,6 +227,7 @@ class NoiseProjection:
             "sentinel": self.sentinel.state_dict(),
             "skipped_steps": self.skipped_steps,
             "norms": self._norms.clone(),
+            "largest": self.largest,
         }
 
     def _names(self) -> dict[str, int]:
@@ -235,7 +240,7 @@ class NoiseProjection:
         for stack, part, saved in zip(self.stacks, self.filters, state["groups"].values()):
             part.load_state_dict(_map_columns(saved, stack.shards.cut) if stack.shards else saved, stack.device)
         self.sentinel.load_state_dict(state["sentinel"])
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self.largest = state["skipped_steps"], state.get("largest", 0.0)
         self._norms = state["norms"].to(self._norms, copy=True)
 
 

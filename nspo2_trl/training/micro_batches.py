@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from ..projections.noise import NoiseProjection
 from ..projections.protocol import Projection
 from .deepspeed import wrap_step
-from .divergence import Divergence
+from .diverged import Diverged
 from .options import nspo2_options
 from .refusals import STEPS_IN_BACKWARD
 from .samples import SampleCollector
@@ -36,7 +36,7 @@ class MicroBatchMixin(_BaseTrainer):
     nspo2_projections: Sequence[Projection]
     nspo2_samples: SampleCollector
     nspo2_step_timer: StepTimer
-    nspo2_divergence: Divergence
+    nspo2_diverged: Diverged
     _nspo2_start: Any
     _nspo2_before_step: Any
     _nspo2_made_for: tuple
@@ -55,7 +55,7 @@ class MicroBatchMixin(_BaseTrainer):
             loss = super().training_step(model, inputs, *args, **kwargs)
         else:
             loss = self._nspo2_watched(model, inputs, *args, **kwargs)
-        self.nspo2_divergence.see_loss(loss, self.state.global_step + 1)
+        self.nspo2_diverged.see_loss(loss, self.state.global_step + 1)
         return loss
 
     def _nspo2_watched(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +88,7 @@ class MicroBatchMixin(_BaseTrainer):
             known = self.nspo2
             self._nspo2_start()
             if known.filters[0].step_count and known.holds(self.model.parameters()):
-                self.nspo2.skipped_steps = known.skipped_steps
+                self.nspo2.skipped_steps, self.nspo2.largest = known.skipped_steps, known.largest
                 logger.warning(
                     "What is trained, the batch or an option of NSPO2 was changed, at step %d: the noise estimate "
                     "starts anew.",

@@ -26,7 +26,7 @@ from ..projections.protocol import Step
 from .callback import StepCallback
 from .card import add_to_card
 from .deepspeed import whole_params
-from .divergence import Divergence
+from .diverged import Diverged
 from .micro_batches import MicroBatchMixin
 from .options import NSPO2Arguments, nspo2_options
 from .refusals import refuse_arguments, refuse_optimizer, refuse_unsupported, say_what_is_plain, warn_of_unmatched
@@ -113,7 +113,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     def _nspo2_setup(self, retain_dataset: Texts | None = None) -> None:
         self.nspo2, self.nspo2_projections = None, []
         self._nspo2_retain_setup(retain_dataset)
-        self.nspo2_step_timer, self.nspo2_divergence = StepTimer(), Divergence()
+        self.nspo2_step_timer, self.nspo2_diverged = StepTimer(), Diverged()
         self.add_callback(self.nspo2_step_timer)
         if not self.args.nspo2_enabled:
             return
@@ -154,7 +154,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
             found = [projection.before_step(step) for projection in self.nspo2_projections]
         if self.accelerator.scaler is not None:
             return
-        self.nspo2_divergence.see_gradient(all(found), self.state.global_step + 1)
+        self.nspo2_diverged.see_gradient(all(found), self.state.global_step + 1)
         if all(found) or not self._nspo2_drops():
             return
         if any_bad((p.grad for p in self.model.parameters()), self.nspo2.total):
@@ -184,10 +184,10 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
                 self.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
                 figures["sentinel_level"] = self.nspo2.sentinel.level
             logs = {**logs, **{f"nspo2/{name}": value for name, value in figures.items()}}
-            self._nspo2_tell_divergence()
+            self._nspo2_tell_diverged()
         super().log(logs, *args, **kwargs)
 
-    def _nspo2_tell_divergence(self) -> None:
+    def _nspo2_tell_diverged(self) -> None:
         at, told = self.nspo2_diverged_at, self._nspo2_diverged_at
         self._nspo2_diverged_at = at
         if at is not None and at != told and self.is_world_process_zero():
@@ -196,7 +196,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     @property
     def nspo2_diverged_at(self) -> int | None:
         """The step from which on, up to now, each loss or gradient was not finite; None where the run is sound."""
-        return self.nspo2_divergence.since(self.state.global_step, self._nspo2_drops())
+        return self.nspo2_diverged.since(self.state.global_step, self._nspo2_drops())
 
     def _nspo2_drops(self) -> bool:
         """Whether a gradient with NaN or Inf is dropped, which would ruin the weights.
@@ -208,7 +208,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.nspo2_enabled != (self.nspo2 is not None):
             raise ValueError("`nspo2_enabled` was changed after the trainer was made: make the trainer anew.")
-        self.nspo2_divergence, self._nspo2_diverged_at = Divergence(), None
+        self.nspo2_diverged, self._nspo2_diverged_at = Diverged(), None
         output = super().train(*args, **kwargs)
         self._nspo2_retain_end()
         return output

@@ -46,7 +46,7 @@ class SavingMixin(_BaseTrainer):
             refuse_other_adapter(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
             told = differences(resume_from_checkpoint, self)
             if told and self.is_world_process_zero():
-                logger.warning("Other than in the run of %r: %s.", resume_from_checkpoint, told)
+                logger.warning("Other than in the run of %s: %s.", resume_from_checkpoint, told)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Divergence: from which step on each loss or gradient had NaN or Inf, without waiting for the device."""
+"""Diverged: from which step on each loss or gradient had NaN or Inf, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 
-class Divergence:
+class Diverged:
     """Steps count from 1."""
 
     def __init__(self) -> None:
