@@ -40,9 +40,11 @@ except ModuleNotFoundError as error:
     raise SystemExit(f'error: {error.name} is missing: run `pip install -e ".[bench]"`.') from None
 
 from nspo2_trl.cli.train import build, parse
+from nspo2_trl.cli.words import with_config
 
 
 def run_overhead(options: argparse.Namespace, recipe: list[str]) -> Iterator[dict]:
+    recipe = with_config(recipe)
     if "--config" not in recipe:
         raise SystemExit("error: `overhead` needs a recipe: give `--config recipes/quickstart/dpo.yaml`.")
     recipe = [*recipe, "--eval_strategy", "no"] + (["--use_cpu", "true"] if options.use_cpu else [])

@@ -6,26 +6,28 @@ import json
 import os
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 from ..config import refuse_removed
 from ..training.checkpoints import last_whole, refuse_half
 from ..training.options import NSPO2DPOConfig
-from ..training.refusals import refuse_arguments
-from .data import NSPO2ScriptArguments, nearest
+from .checks import check_values
+from .data import NSPO2ScriptArguments
+from .recipe import read_recipe
+from .words import nearest, spell_out, with_config
 
 HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
 
-  {prog} --config recipes/quickstart/dpo.yaml
-  {prog} --config RECIPE.yaml --model_name_or_path MODEL --dataset_name PAIRS.jsonl --output_dir out/mine
-  {prog} --config RECIPE.yaml --resume_from_checkpoint true      go on after an interruption
-  {prog} --config RECIPE.yaml --nspo2_enabled false              plain DPO from the same recipe
+  {prog} recipes/quickstart/dpo.yaml
+  {prog} RECIPE.yaml --model_name_or_path MODEL --dataset_name PAIRS.jsonl --output_dir out/mine
+  {prog} RECIPE.yaml --resume_from_checkpoint true      go on after an interruption
+  {prog} RECIPE.yaml --nspo2_enabled false              plain DPO from the same recipe
 
-Every option may stand in the YAML file or here, and what stands here wins. Shown are the most used ones and all of
-NSPO2; `--help_all` shows every option of TRL's DPOConfig, ModelConfig and DatasetMixtureConfig too.{launch}"""
+`--config RECIPE.yaml` says the same. Every option may stand in the YAML file or here, and what stands here wins; a
+list is `--loss_type sft sigmoid` here. Shown are the most used ones and all of NSPO2; `--help_all` shows every option
+of TRL's DPOConfig, ModelConfig and DatasetMixtureConfig too.{launch}"""
 LAUNCH = """
 
 Several processes: `--num_processes N`, and `--accelerate_config FILE` for one of recipes/accelerate_configs/*.yaml
@@ -42,16 +44,23 @@ CLEARER = {
 }
 
 
+KINDS = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
+
+
 def make_parser() -> TrlParser:
-    kinds = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(kinds)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
+    parser = TrlParser(KINDS)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
+    hints = {name: get_args(hint) for kind in KINDS for name, hint in get_type_hints(kind).items()}
+    for action in parser._actions:
+        if any(get_origin(part) is list for part in hints.get(action.dest, ())):
+            action.nargs = "+"  # where a word fits too, TRL's takes only that
+    return parser
 
 
 def show_help(prog: str, everything: bool) -> None:
     """Print the options: those that people set, or all of them."""
     parser = make_parser()
     launch = LAUNCH if prog == "nspo2 train" else ""
-    parser.prog, parser.usage = prog, f"{prog} --config RECIPE.yaml [--option value ...]"
+    parser.prog, parser.usage = prog, f"{prog} RECIPE.yaml [--option value ...]"
     parser.description = HELP.format(prog=prog, launch=launch)
     parser.formatter_class = _HelpFormatter
     for action in parser._actions:
@@ -84,63 +93,35 @@ def parse(argv: list[str]) -> tuple:
     parser.error = refuse  # type: ignore[method-assign]
     if not argv:
         raise ValueError("Nothing to train: give `--config RECIPE.yaml`, such as recipes/quickstart/dpo.yaml.")
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    argv = with_config(argv)
     if "--config" in argv:
-        path = Path((argv + [""])[argv.index("--config") + 1])
+        at = argv.index("--config")
+        path = Path((argv + [""])[at + 1])
         if not path.is_file():
             raise FileNotFoundError(f"`--config`: there is no recipe {str(path)!r}.")
-        _check_keys(path, parser)
+        recipe = read_recipe(path, parser)
+        os.environ |= {name: str(value) for name, value in recipe.pop("env", {}).items()}
+        parser.set_defaults_with_config(**recipe)
+        del argv[at : at + 2]
     known = [option for action in parser._actions for option in action.option_strings]
     for arg in argv:
         flag = arg.split("=")[0]
         refuse_removed({flag.removeprefix("--"): None}, prefix="nspo2_")
-        if flag.startswith("--") and flag != "--config" and flag not in known:
+        if flag.startswith("--") and flag not in known:
             raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
+    lists = [option for action in parser._actions if action.nargs == "+" for option in action.option_strings]
     try:
-        script_args, args, model_args, mixture = parser.parse_args_and_config(argv)
+        script_args, args, model_args, mixture = parser.parse_args_into_dataclasses(spell_out(argv, lists))
     except ValueError as error:
         if "bf16/gpu" not in str(error):
             raise
         raise ValueError(
             "`bf16`: there is no GPU here that can; on a CPU add `--use_cpu true --bf16 false`."
         ) from error
-    model = model_args.model_name_or_path
-    if model is None:
-        raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise FileNotFoundError(f"`model_name_or_path`: there is no folder {model!r}.")
-    if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
-    out = Path(args.output_dir)
-    if out.is_file():
-        raise ValueError(f"`output_dir` {str(out)!r} is a file: choose a folder, it will be made.")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(there, os.W_OK) or not there.is_dir():
-        raise ValueError(f"`output_dir` {str(out)!r} cannot be made in {str(there)!r}: choose another folder.")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(args, name)}.")
-    refuse_arguments(args)
-    if script_args.dataset_name is None and not mixture.datasets:
-        raise ValueError("`dataset_name` is missing: set it to a hub id, a local folder or a .jsonl or .parquet file.")
+    check_values(script_args, args, model_args, mixture)
+    if len(args.optim_target_modules or "") == 1:  # a pattern, or `all-linear`
+        args.optim_target_modules = args.optim_target_modules[0]
     return script_args, args, model_args, mixture
-
-
-def _check_keys(path: Path, parser: TrlParser) -> None:
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {str(path)!r} must be a YAML mapping of option names to values.")
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    refuse_removed(recipe, prefix="nspo2_")
-    known = [*actions, "env"]
-    for key, value in recipe.items():
-        if key not in known:
-            raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
-        if key in actions and actions[key].type in (int, float) and isinstance(value, (list, dict, bool)):
-            raise ValueError(f"The recipe {str(path)!r}: `{key}` must be a number, got {value!r}.")
 
 
 def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:

@@ -10,9 +10,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from .words import nearest, with_config
+
 HELP = """usage: nspo2 COMMAND [options]
 
-  nspo2 train --config RECIPE.yaml   train a LoRA adapter with DPO and NSPO2
+  nspo2 train RECIPE.yaml            train a LoRA adapter with DPO and NSPO2
   nspo2 retain ADAPTER ...           project an adapter off what texts use that the model should go on knowing
   nspo2 report OUT [OUT2 ...]        one HTML page of plots of one run, or of several runs together
   nspo2 env                          versions, devices, what is supported here; paste it into a bug report
@@ -38,8 +40,6 @@ def run(argv: list[str] | None) -> None:
     elif command in COMMANDS:
         COMMANDS[command](rest)
     else:
-        from .data import nearest
-
         sys.exit(f"error: there is no command `nspo2 {command}`.{nearest(command, list(COMMANDS))}\n\n{HELP}")
 
 
@@ -55,6 +55,7 @@ def train(argv: list[str]) -> None:
     parser.add_argument("--accelerate_config")
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
     launch, argv = parser.parse_known_args(argv)
+    argv = with_config(argv)
     gpus = torch.cuda.device_count()  # with several in sight one process would spread the model's batches over them
     several = max(gpus, launch.num_processes or 1) > 1 or launch.accelerate_config
     if not several or "LOCAL_RANK" in os.environ or {"-h", "--help", "--help_all"} & set(argv):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from ..training.loading import load
 from ..training.options import NSPO2DPOConfig
 from ..training.refusals import check_preferences
+from .words import nearest
 
 HELD_OUT = 0.05  # share of the data that is held out where it has no test split
 ROWS_AT_ONCE = 1000
@@ -137,9 +137,3 @@ def _fault(row: Mapping) -> str | None:
     if len(set(kinds.values())) > 1:
         return ", ".join(f"`{column}` is {kind}" for column, kind in kinds.items()) + ": make them all the same"
     return None
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """` Did you mean …?` with the known name that is most like this one, or nothing."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f" Did you mean `{near[0]}`?" if near else ""

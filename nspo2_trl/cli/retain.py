@@ -32,6 +32,7 @@ from ..training.loading import load
 from ..training.refusals import check_preferences
 from ..training.retain import check_point, input_spaces, retained_batches, retained_texts
 from .frontier import Entry, choose, draw, scaled_kl, show
+from .threads import few_threads
 
 GIVEN = Point(0, 1.0)
 RANKS = [0, 1, 4, 12, 32]
@@ -227,6 +228,7 @@ def report(result: dict[str, Any], output_dir: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        few_threads(not torch.cuda.is_available())
         result = retain(args)
         if PartialState().is_main_process:
             report(result, args.output_dir)

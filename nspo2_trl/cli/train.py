@@ -23,13 +23,15 @@ from transformers import ProgressCallback
 from trl import DatasetMixtureConfig, ModelConfig, RichProgressCallback, get_peft_config, get_quantization_config
 
 from ..training.card import means, measured
-from ..training.checkpoints import CheckpointError, last_whole
+from ..training.checkpoints import CheckpointError, first_line, last_whole
 from ..training.dpo import NSPO2DPOTrainer
 from ..training.mixin import DIVERGED
 from ..training.options import NSPO2DPOConfig
 from ..training.resuming import refuse_other_adapter
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
+from .checks import check_packages, missing
 from .data import ROWS_AT_ONCE, NSPO2ScriptArguments, splits
+from .threads import few_threads
 
 SHOWN_AT_THE_END = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "retain_kl", "retain_loss")
 
@@ -39,6 +41,7 @@ def build(
 ) -> NSPO2DPOTrainer:
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns about it
+    check_packages(args, model_args)
     model = model_args.model_name_or_path
     assert model is not None  # `parse` asks for it
     given = args.model_init_kwargs or {}
@@ -57,6 +60,15 @@ def build(
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
+    except ImportError as error:
+        raise missing(error, args, model_args) from error
+    except ValueError as error:
+        if "chat_template" not in str(error):
+            raise
+        raise ValueError(
+            f"The rows are messages, and the tokenizer of `model_name_or_path` {model!r} has no chat template: take "
+            "an instruct model, or write the rows as text."
+        ) from error
     except OSError as error:
         if os.path.isdir(model) or error.errno is not None:  # of the disk
             raise
@@ -153,6 +165,7 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     again = "add `--resume_from_checkpoint true` to the same command"
     try:
         script_args, args, model_args, mixture = parse(argv)
+        few_threads(args.device.type == "cpu")
         checkpoint = checkpoint_to_resume(args)
         if checkpoint is not None:
             check_adapter(checkpoint, model_args)
@@ -160,6 +173,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         trainer = build(script_args, args, model_args, mixture)
         if checkpoint is not None:
             refuse_other_adapter(checkpoint, trainer.model)
+    except ImportError as error:
+        sys.exit(f"error: a package is missing: {error} Install it, or leave out the option that asks for it.")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -186,6 +201,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         leave(f"Interrupted after step {trainer.state.global_step}: {hint}.", main_process)
     except CheckpointError as error:
         sys.exit(f"\nerror: {error}")  # below the progress bar
+    except ImportError as error:  # before the first step
+        sys.exit(f"error: {missing(error, args, model_args)}")
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
     try:
         trainer.save_model()
@@ -202,7 +219,13 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         report(trainer)
     since = trainer.nspo2_diverged_at
     if args.push_to_hub and since is None:
-        trainer.push_to_hub(dataset_name=dataset)
+        try:
+            trainer.push_to_hub(dataset_name=dataset)
+        except Exception as error:  # of the client's library, the network or the hub
+            sys.exit(
+                f"error: the adapter is in {args.output_dir!r}, but could not be pushed ({first_line(error)}): do it "
+                f"later with `hf upload {trainer.hub_model_id} {args.output_dir}`."
+            )
     trainer.end()
     if since is not None:
         words = f"error: the loss or a gradient was not finite from step {since} on: {DIVERGED}."

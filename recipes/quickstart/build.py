@@ -33,6 +33,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nspo2_trl.cli.threads import few_threads
+
 
 def items(text: str) -> list[str]:
     """The things that bars set apart in `text`."""
@@ -310,6 +312,7 @@ def main() -> None:
     model_dir, data_dir, texts_dir = folders = [args.out / name for name in ("model", "data", "texts")]
     if not args.force and any(folder.exists() for folder in folders):
         sys.exit(f"{args.out} already holds model/, data/ or texts/; pass --force to overwrite them.")
+    few_threads(on_cpu=True)
 
     began, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)

@@ -19,6 +19,7 @@ from sums import right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nspo2_trl.cli import plots, runs
+from nspo2_trl.cli.threads import few_threads
 
 COLORS = [light for light, _ in plots.COLORS]
 NAMES = ["texts retained", "without"]
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs=2, help="output_dir of the run with, and of the run without")
     parser.add_argument("--out", type=Path, required=True, help="the PNG")
     args = parser.parse_args()
+    few_threads(on_cpu=True)
     able = skill(args.folders, Path(__file__).resolve().parent)
     draw(args.folders, able, args.out)
     print("right sums, " + ", ".join(f"{name} {share:.3f}" for name, share in zip(["before", *NAMES], able)))

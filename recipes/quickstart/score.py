@@ -21,6 +21,8 @@ from peft import PeftModel
 from sums import right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nspo2_trl.cli.threads import few_threads
+
 
 def read(path: Path) -> list[dict]:
     """The rows of a gzipped file of JSON lines."""
@@ -37,6 +39,7 @@ def main() -> None:
     args, here = parser.parse_args(), Path(__file__).resolve().parent
     if not (args.adapter_dir / "adapter_config.json").is_file():
         sys.exit(f"{args.adapter_dir} holds no LoRA adapter: it has no adapter_config.json.")
+    few_threads(on_cpu=True)
 
     prompts = [row["prompt"] for row in read(here / "data/test.jsonl.gz")][: args.num_prompts]
     sums = [row["text"] for row in read(here / "texts/sums_test.jsonl.gz")]

@@ -1,0 +1,48 @@
+"""The words of a command line before they are parsed: a recipe without `--config`, lists as people spell them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+
+LIST = re.compile(r"[\[(]?\s*[\w.'\" +-]+(,[\w.'\" +-]+)*,?\s*[\])]?")  # and no regular expression with a comma
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` Did you mean …?` with the known name that is most like this one, or nothing."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def with_config(argv: Sequence[str]) -> list[str]:
+    """`argv` with `--config RECIPE` where it says `RECIPE.yaml` or `--config=RECIPE`."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in argv:
+        return argv
+    for i, word in enumerate(argv):
+        alone = i == 0 or not argv[i - 1].startswith("-")  # else it is the value of an option
+        if alone and (i == 0 or word.lower().endswith((".yaml", ".yml"))) and not word.startswith("-"):
+            return ["--config", word, *argv[:i], *argv[i + 1 :]]
+    return argv
+
+
+def split_list(text: str) -> list[str]:
+    """The words of `a,b`, `[a, b]` or `'a'`; anything else is one word."""
+    if not LIST.fullmatch(text):
+        return [text]
+    return [word for part in text.strip("[]() ").split(",") if (word := part.strip("'\" "))]
+
+
+def spell_out(argv: Sequence[str], lists: Collection[str]) -> list[str]:
+    """`argv` with one word for each value of the options `lists`, and no number that looks like an option."""
+    words: list[str] = []
+    option = ""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.split("=")[0] in lists else [word])]
+    for word in argv:
+        if word.startswith("--"):
+            option = word
+        elif re.fullmatch(r"-\.?\d[\d.]*(e[+-]?\d+)?|-inf", word, re.I):
+            word = f" {word}"  # argparse takes -1e-3 for an option, and converts this
+        words += split_list(word) if option in lists and word != option else [word]
+    return words
