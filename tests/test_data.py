@@ -104,7 +104,7 @@ def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
 def test_the_first_bad_row_is_named(tmp_path, capsys, good, bad, message):
     path = write(tmp_path / "rows.jsonl", [good] * 1203 + [good | bad] + [good] * 3 + [good | bad])
     said = refused(capsys, command(tmp_path, "--dataset_name", path, "--model_name_or_path", "no/such-model"))
-    assert f"rows.jsonl, split train`, row 1203 (the first is 0): {message}" in said and said.startswith("error: ")
+    assert f"rows.jsonl, split train`, row 1204 (the first is 1): {message}" in said and said.startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_first_bad_row_is_named(tmp_path, capsys, good, bad, message):
 )
 def test_kinds_of_columns_that_do_not_fit(tmp_path, capsys, row, message):
     path = write(tmp_path / "rows.jsonl", [row] * 3)
-    assert f"row 0 (the first is 0): {message}" in refused(capsys, command(tmp_path, "--dataset_name", path))
+    assert f"row 1 (the first is 1): {message}" in refused(capsys, command(tmp_path, "--dataset_name", path))
 
 
 def test_rows_of_the_test_split_are_looked_at_too(tmp_path, capsys):
@@ -125,14 +125,14 @@ def test_rows_of_the_test_split_are_looked_at_too(tmp_path, capsys):
     write(tmp_path / "data/train.jsonl", [GOOD] * 8)
     write(tmp_path / "data/test.jsonl", [GOOD] * 2 + [GOOD | {"chosen": ""}])
     said = refused(capsys, command(tmp_path, "--dataset_name", str(tmp_path / "data")))
-    assert "split test`, row 2" in said
+    assert "split test`, row 3" in said
 
 
 @pytest.mark.parametrize(
     "rows, options, message",
     [
         (1, "", "has one row, none can be held out"),
-        (12, "--max_length 3 --eval_strategy no", "No row of the training set is left"),
+        (12, "--max_length 3 --eval_strategy no --allow_dropped_rows true", "No row of the training set is left"),
     ],
 )
 def test_nothing_left_to_train_on(tmp_path, capsys, rows, options, message):

@@ -1,6 +1,10 @@
 """What new users type and have in their files: it works, or one sentence says what to change. Most trains nothing."""
 
+import csv
+import gzip
 import inspect
+import io
+import json
 import re
 from importlib.util import find_spec
 
@@ -8,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_scripts import RECIPE, command, refused
+from test_scripts import RECIPE, command, few_rows, refused
 from trl import DPOTrainer
 
 from nspo2_trl.cli import checks, train
@@ -170,6 +174,147 @@ def test_the_losses_are_trls():
     names = re.search(r"Should be one of \[(.*?)\]", source, re.S).group(1)
     assert re.findall(r"'(\w+)'", names) == checks.LOSS_TYPES
     assert re.findall(r'self\.f_divergence_type == "(\w+)"', source) == checks.DIVERGENCES
+
+
+# ---- files ----
+
+PAIR = {"prompt": "Ada and", "chosen": " Bea sang in a café.", "rejected": " Bea cried."}
+CSV = "prompt,chosen,rejected\n" + 4 * "Ada and, Bea sang in a café., Bea cried.\n"
+
+
+def say(*texts) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
+
+
+CHAT = {"prompt": say("Sing"), "chosen": say("", "La")[1:], "rejected": say("", "No")[1:]}
+TALK = {"prompt": "Sing ", "chosen": say("Sing", "La"), "rejected": say("Sing", "No")}  # UltraFeedback's shape
+CALLS = PAIR | {"chosen": '[{"name": "f"}]', "rejected": "[{}]"}  # answers that are JSON
+FULL = {"chosen": TALK["chosen"], "rejected": TALK["rejected"]}
+
+
+def lines(*rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def table(*rows, write=json.dumps) -> str:
+    """CSV with lists written as text."""
+    out = io.StringIO()
+    rows = [{k: v if isinstance(v, str) else write(v) for k, v in row.items()} for row in rows]
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def read(path, *options) -> list[dict]:
+    """The rows that a command line with the data `path` trains on."""
+    argv = command(path.parent, "--dataset_name", str(path), "--eval_strategy", "no", *options)
+    script_args, args, _, mixture = train.parse(argv)
+    return list(train.splits(script_args, args, mixture)[0])
+
+
+@pytest.mark.parametrize(
+    "name, text, row",
+    [
+        ("a.jsonl", b"\xef\xbb\xbf" + lines(PAIR).encode(), PAIR),
+        ("a.JSONL", lines(PAIR), PAIR),
+        ("a.Jsonl.GZ", gzip.compress(lines(PAIR).encode()), PAIR),
+        ("a.json", json.dumps([PAIR]), PAIR),
+        ("a.csv", b"\xef\xbb\xbf" + CSV.encode(), PAIR),
+        ("a.csv", CSV.replace("\n", "\r\n"), PAIR),
+        *[("a.csv", CSV.replace(",", separator), PAIR) for separator in ";\t|"],
+        ("a.TSV", CSV.replace(",", "\t"), PAIR),
+        ("a.csv.gz", gzip.compress(CSV.replace(",", ";").encode()), PAIR),
+        (
+            "a.csv",
+            "prompt,chosen,rejected\n2+2,4,NA\nnull,None,5\n",
+            {"prompt": "2+2", "chosen": "4", "rejected": "NA"},
+        ),
+        ("a.csv", CSV.replace("prompt,chosen", "Prompt, CHOSEN "), PAIR),
+        ("a.jsonl", lines({key.title(): text for key, text in PAIR.items()}), PAIR),
+        ("a.csv", table(CHAT), CHAT),
+        ("a.csv", table(CHAT, write=str), CHAT),
+        ("a.jsonl", lines({key: json.dumps(value) for key, value in CHAT.items()}), CHAT),
+        ("a.jsonl", lines(TALK), FULL),
+        ("a.csv", table(TALK), FULL),
+        ("a.jsonl", lines(FULL | {"prompt": say("Sing")}), FULL),
+        ("a.jsonl", lines(CALLS), CALLS),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_files_are_read(tmp_path, name, text, row, folder):
+    path = tmp_path / "data" / name
+    path.parent.mkdir()
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if folder and name != name.lower():
+        pytest.skip("which files of a folder are data is datasets' business")
+    assert read(path.parent if folder else path)[0] == row
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", lines(*3 * [{"chosen": "a"}], PAIR).encode("latin-1"), "a.jsonl, line 4 is not UTF-8"),
+        ("a.jsonl", lines(PAIR).encode("utf-16"), "a.jsonl, line 1 is not UTF-8"),
+        ("a.json", json.dumps([PAIR], ensure_ascii=False).encode("latin-1"), "a.json, line 1 is not UTF-8"),
+        ("a.csv", CSV.encode("cp1252"), "a.csv, line 2 is not UTF-8"),
+        ("a.jsonl", lines(PAIR) + "{oops\n", "a.jsonl, line 2: Expecting property name"),
+        ("a.jsonl", "[1]\n[2]\n", "a.jsonl, line 1 is no object"),
+        ("a.csv", CSV + "a,b,c,d\n", "Expected 3 fields in line 6, saw 4"),
+        ("a.csv", CSV + "a,b\n", "row 5 (the first is 1): `rejected` is empty"),
+        ("a.jsonl.gz", b"nonsense", "a.jsonl.gz: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(lines(*99 * [PAIR]).encode())[:-9], "a.jsonl.gz: Compressed file ended before"),
+        ("a.parquet", b"nonsense", "could not be read: Parquet magic bytes not found"),
+        *[(name, "", "is empty: DPO needs rows") for name in ("a.jsonl", "a.json", "a.csv")],
+        *[(name, text, "is empty: DPO needs") for name, text in {"a.jsonl": "\n\n", "a.json": "[]"}.items()],
+        ("a.csv", "prompt,chosen,rejected\n", "is empty: DPO needs"),
+        ("a.jsonl", lines(PAIR, PAIR, CHAT), "row 3 (the first is 1): `prompt` is messages, and in row 1 it is text"),
+        ("a.jsonl", lines(CHAT, PAIR), "row 2 (the first is 1): `prompt` is text, and in row 1 it is messages"),
+        (
+            "a.jsonl",
+            lines(TALK, TALK | {"prompt": "Cry"}),
+            "row 2 (the first is 1): `prompt` is text, `chosen` is mess",
+        ),
+        (
+            "a.csv",
+            table(CHAT, CHAT | {"chosen": "La"}),
+            "row 2 (the first is 1): `chosen` must be messages as in row 1",
+        ),
+        ("a.csv", table(CHAT | {"chosen": [{"from": "gpt"}], "rejected": [{"from": "gpt"}]}), "has a message without"),
+        ("a.jsonl", lines(*9 * [CHAT]), "has no chat template: take an instruct model"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
+)
+def test_files_that_cannot_be_used(tmp_path, capfd, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = refused(capfd, command(tmp_path, "--dataset_name", str(tmp_path / name), "--eval_strategy", "no"))
+    assert message in said and said.startswith("error: ") and "\n" not in said
+    assert "Failed to" not in capfd.readouterr().err  # what datasets logs
+
+
+# ---- rows that are too long ----
+
+
+@pytest.mark.parametrize("lost", [1, 6, 7])
+@pytest.mark.parametrize("held_out", ["no", "steps"])
+def test_rows_with_too_long_a_prompt_are_counted(tmp_path, capsys, lost, held_out):
+    rows = few_rows(tmp_path / "a.jsonl", 12 if held_out == "no" else 13)
+    for row in rows[3 : 3 + lost]:
+        row["prompt"] = "Ada " * 200
+    (tmp_path / "a.jsonl").write_text(lines(*rows))
+    argv = command(tmp_path, "--dataset_name", str(tmp_path / "a.jsonl"), "--eval_strategy", held_out)
+    words = (
+        "12 training rows are left out, since their prompts alone have `max_length` (128) tokens or more; the first"
+    )
+    if lost > 6:
+        with pytest.raises(ValueError, match="go on with `--allow_dropped_rows true`"):
+            train.build(*train.parse(argv))
+        argv += ["--allow_dropped_rows", "true"]
+    train.build(*train.parse(argv))
+    said = capsys.readouterr().out
+    assert words in said and "(the first is 1), 'Ada Ada Ada " in said
+    assert held_out == "steps" or f"{lost} of {words} is row 4 (" in said
 
 
 # ---- threads ----

@@ -33,8 +33,8 @@ LAUNCH = """
 Several processes: `--num_processes N`, and `--accelerate_config FILE` for one of recipes/accelerate_configs/*.yaml
 or your own. With several GPUs and neither, all GPUs are used as `accelerate launch` does."""
 SHOWN = """model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
-    prompt_column chosen_column rejected_column output_dir learning_rate beta loss_type max_length max_steps
-    num_train_epochs per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps
+    prompt_column chosen_column rejected_column allow_dropped_rows output_dir learning_rate beta loss_type max_length
+    max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps
     eval_strategy eval_steps logging_steps report_to save_steps save_total_limit resume_from_checkpoint
     precompute_ref_log_probs bf16 gradient_checkpointing use_cpu seed push_to_hub hub_model_id
     use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit dtype attn_implementation""".split()

@@ -1,22 +1,20 @@
-"""Preference pairs for `nspo2 train`: where they come from, what the columns are called, whether DPO can use them."""
+"""Preference pairs for `nspo2 train`: where they come from, which are held out, which `max_length` leaves out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from tqdm import tqdm
+from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..training.loading import load
 from ..training.options import NSPO2DPOConfig
-from ..training.refusals import check_preferences
-from .words import nearest
+from .shapes import COLUMNS, ROWS_AT_ONCE, settle
 
 HELD_OUT = 0.05  # share of the data that is held out where it has no test split
-ROWS_AT_ONCE = 1000
 
 
 def _column(what: str, name: str) -> Any:
@@ -31,6 +29,12 @@ class NSPO2ScriptArguments(ScriptArguments):
     prompt_column: str | None = _column("prompt", "prompt")
     chosen_column: str | None = _column("better answer", "chosen")
     rejected_column: str | None = _column("worse answer", "rejected")
+    allow_dropped_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Train even where `max_length` leaves out more than half of the rows, whose prompts are too long."
+        },
+    )
 
 
 def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: DatasetMixtureConfig) -> tuple:
@@ -40,7 +44,10 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
         ValueError, FileNotFoundError: there is no such dataset or split, or DPO cannot use a row of it.
     """
     if mixture.datasets:
-        data, name = get_dataset(mixture), "the mixture"
+        try:
+            data, name = get_dataset(mixture), "the mixture"
+        except DatasetGenerationError as error:
+            raise ValueError(f"`datasets`: a part of the mixture could not be read: {error.__cause__}.") from error
     else:
         assert script_args.dataset_name is not None  # `parse` asks for it
         name = script_args.dataset_name
@@ -49,9 +56,8 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
     if train_name not in data:
         raise ValueError(f"`dataset_train_split` is {train_name!r}, but the dataset has {', '.join(data)}.")
     wanted = [train_name] + [test_name] * (args.eval_strategy != "no" and test_name in data)
-    data = {split: rename_columns(data[split], script_args) for split in wanted}
-    for split in wanted:
-        check_rows(data[split], f"{name}, split {split}", progress=args.process_index == 0)
+    named = {column: getattr(script_args, f"{column}_column") for column in COLUMNS}
+    data = {split: settle(data[split], f"{name}, split {split}", named, args.process_index == 0) for split in wanted}
     if args.eval_strategy == "no":
         return data[train_name], None
     if test_name in data:
@@ -68,72 +74,48 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
     return halves["train"], halves["test"]
 
 
-def rename_columns(dataset: Dataset | IterableDataset, script_args: NSPO2ScriptArguments) -> Dataset | IterableDataset:
-    """The dataset with the columns that `prompt_column`, `chosen_column`, `rejected_column` name under DPO's names.
-
-    Raises:
-        ValueError: there is no such column.
-    """
-    wanted = {getattr(script_args, f"{target}_column"): target for target in ("prompt", "chosen", "rejected")}
-    wanted = {source: target for source, target in wanted.items() if source is not None}
-    if not wanted:
-        return dataset
-    names = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them
-    for source, target in wanted.items():
-        if source not in names:
-            raise ValueError(
-                f"`{target}_column`: the dataset has no column {source!r}, it has {', '.join(names)}."
-                f"{nearest(source, names)}"
-            )
-    in_the_way = [target for target in wanted.values() if target in names and target not in wanted]
-    moved = {source: target for source, target in wanted.items() if source != target}
-    # by way of names that nothing has, since two columns may change places
-    dataset = dataset.remove_columns(in_the_way).rename_columns({name: f"{name} " for name in moved})
-    return dataset.rename_columns({f"{name} ": target for name, target in moved.items()})
-
-
-def check_rows(dataset: Dataset | IterableDataset, name: str, progress: bool = False) -> None:
-    """Look at every row, of a stream only at the first, and refuse the first one that DPO cannot use.
-
-    Raises:
-        ValueError: a text is missing or empty, or text and messages are mixed; the message has the row's number.
-    """
-    first = check_preferences(dataset, name)
-    columns = [column for column in ("prompt", "chosen", "rejected") if column in first]
-    if "chosen" not in columns:  # tokenized already
+def tell_of_long_rows(dataset: Any, args: NSPO2DPOConfig) -> None:
+    """Say how many pairs `max_length` cuts: what is cut off teaches nothing."""
+    if args.max_length is None or not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
         return
-    batches: Iterable = [{column: [value] for column, value in first.items()}]
-    if isinstance(dataset, Dataset):
-        parts, number = dataset.select_columns(columns).iter(ROWS_AT_ONCE), -(-len(dataset) // ROWS_AT_ONCE)
-        batches = tqdm(parts, "Checking rows", number, leave=False, delay=2, disable=not progress)
-    number = same = 0
-    for batch in batches:
-        for values in zip(*(batch[column] for column in columns)):
-            row = dict(zip(columns, values))
-            if fault := _fault(row):
-                raise ValueError(f"The dataset `{name}`, row {number} (the first is 0): {fault}.")
-            number += 1
-            same += row["chosen"] == row["rejected"]
-    if same and progress:
-        print(f"{name}: in {same} of {number} rows `chosen` and `rejected` are the same; they teach nothing.")
+    cut = 0
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
+        prompt, chosen, rejected = (pc.list_value_length(batch[column]) for column in columns)
+        longest = pc.add(prompt, pc.max_element_wise(chosen, rejected))
+        cut += pc.sum(pc.greater(longest, args.max_length)).as_py() or 0
+    if cut and args.process_index == 0:
+        print(f"{cut} of {len(dataset)} training pairs are longer than `max_length` ({args.max_length}) and are cut.")
 
 
-def _fault(row: Mapping) -> str | None:
-    """What is wrong with one row, or None."""
-    kinds = {}
-    for column, value in row.items():
-        if value is None:
-            return f"`{column}` is missing"
-        if not isinstance(value, (str, list)):
-            return f"`{column}` is {type(value).__name__}, it must be text or a list of messages"
-        if not value and not (column == "prompt" and isinstance(value, str)):
-            return f"`{column}` is empty"
-        kinds[column] = "text" if isinstance(value, str) else "messages"
-        for message in value if isinstance(value, list) else ():
-            if not isinstance(message, Mapping) or not message.get("role"):
-                return f"`{column}` has a message without `role`: messages are {{'role': …, 'content': …}}"
-            if message.get("content") is None and not message.get("tool_calls"):
-                return f"`{column}` has a message without `content`"
-    if len(set(kinds.values())) > 1:
-        return ", ".join(f"`{column}` is {kind}" for column, kind in kinds.items()) + ": make them all the same"
-    return None
+def tell_of_lost_rows(name: str, given: Any, kept: Any, args: NSPO2DPOConfig, allowed: bool) -> None:
+    """Say how many of the rows `given` TRL has left out, those whose prompt alone fills `max_length`, and the first.
+
+    Raises:
+        ValueError: all were, or more than half of the training rows and not `allowed`.
+    """
+    if not isinstance(given, Dataset) or not isinstance(kept, Dataset) or len(kept) == len(given):
+        return
+    if len(kept) == 0:
+        raise ValueError(
+            f"No row of the {name} set is left: each prompt alone has `max_length` ({args.max_length}) tokens or "
+            "more. Raise `max_length`."
+        )
+    lost = set(range(len(given))) - set(_numbers(kept))
+    number, row = min((_numbers(given)[i], i) for i in lost)
+    text = given[row].get("prompt", given[row]["chosen"])
+    text = text if isinstance(text, str) else str(text[0]["content"])
+    words = (
+        f"{len(lost)} of {len(given)} {name} rows are left out, since their prompts alone have `max_length` "
+        f"({args.max_length}) tokens or more; the first is row {number + 1} (the first is 1), {text[:40]!r}"
+    )
+    if name == "training" and 2 * len(lost) > len(given) and not allowed:
+        raise ValueError(f"{words}. Raise `max_length`, or go on with `--allow_dropped_rows true`.")
+    if args.process_index == 0:
+        print(f"{words}.")
+
+
+def _numbers(dataset: Dataset) -> list[int]:
+    """For each row its number in the table that the dataset is a selection of."""
+    table = dataset._indices
+    return list(range(len(dataset))) if table is None else table.column(0).to_pylist()

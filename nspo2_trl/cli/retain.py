@@ -29,9 +29,9 @@ from ..projections.retain.pairs import pair_batches, preference, tokenize_pairs
 from ..projections.retain.project import FORMS, Point, put, starts
 from ..projections.retain.texts import Batch, check_texts, hold_out, refuse_same_texts
 from ..training.loading import load
-from ..training.refusals import check_preferences
 from ..training.retain import check_point, input_spaces, retained_batches, retained_texts
 from .frontier import Entry, choose, draw, scaled_kl, show
+from .shapes import no_template, settle
 from .threads import few_threads
 
 GIVEN = Point(0, 1.0)
@@ -131,15 +131,21 @@ def load_model(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizer
 
 def load_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[list, list[list[int]]]:
     """Held-out pairs, and token ids of pairs of all splits to compare retained texts with."""
-    splits = load(args.dataset_name)
+    splits = {
+        name: settle(rows, f"{args.dataset_name}, split {name}") for name, rows in load(args.dataset_name).items()
+    }
     held = splits["test"] if "test" in splits else next(iter(splits.values()))
-    for name, rows in splits.items():
-        check_preferences(rows, f"{args.dataset_name}, split {name}")
+    if tokenizer.chat_template is None and not isinstance(held[0]["chosen"], str):
+        raise no_template(tokenizer.name_or_path)
     some = [rows.select(range(min(KNOWN_PAIRS, len(rows)))) for rows in splits.values()]
     known = [pair for rows in some for pair in tokenize_pairs(rows, tokenizer, args.max_length)]
     held = held.shuffle(seed=0).select(range(PAIRS)) if len(held) > PAIRS else held
     texts = [pair["prompt_ids"] + pair[name] for pair in known for name in ("chosen_ids", "rejected_ids")]
-    return tokenize_pairs(held, tokenizer, args.max_length), texts
+    found = tokenize_pairs(held, tokenizer, args.max_length)
+    if len(found) < len(held):
+        lost = len(held) - len(found)
+        print(f"{lost} of {len(held)} held-out pairs are left out: their prompts alone fill `--max_length`.")
+    return found, texts
 
 
 def retain(args: argparse.Namespace) -> dict[str, Any]:

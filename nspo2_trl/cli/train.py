@@ -12,10 +12,8 @@ import sys
 import warnings
 from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import pyarrow.compute as pc
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -30,7 +28,8 @@ from ..training.options import NSPO2DPOConfig
 from ..training.resuming import refuse_other_adapter
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .checks import check_packages, missing
-from .data import ROWS_AT_ONCE, NSPO2ScriptArguments, splits
+from .data import NSPO2ScriptArguments, splits, tell_of_long_rows, tell_of_lost_rows
+from .shapes import no_template
 from .threads import few_threads
 
 SHOWN_AT_THE_END = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "retain_kl", "retain_loss")
@@ -65,37 +64,19 @@ def build(
     except ValueError as error:
         if "chat_template" not in str(error):
             raise
-        raise ValueError(
-            f"The rows are messages, and the tokenizer of `model_name_or_path` {model!r} has no chat template: take "
-            "an instruct model, or write the rows as text."
-        ) from error
+        raise no_template(model) from error
     except OSError as error:
         if os.path.isdir(model) or error.errno is not None:  # of the disk
             raise
         words = f"`model_name_or_path`: there is no folder {model!r}, and as a hub id it could not be loaded."
         raise OSError(f"{words} {error}") from error
     tell_of_long_rows(trainer.train_dataset, args)
-    for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
-        if isinstance(dataset, Sized) and len(dataset) == 0:
-            raise ValueError(
-                f"No row of the {name} set is left: each prompt alone has `max_length` ({args.max_length}) tokens or "
-                "more. Raise `max_length`."
-            )
+    for name, given, kept in (
+        ("training", train_dataset, trainer.train_dataset),
+        ("evaluation", eval_dataset, trainer.eval_dataset),
+    ):
+        tell_of_lost_rows(name, given, kept, args, script_args.allow_dropped_rows)
     return trainer
-
-
-def tell_of_long_rows(dataset: Any, args: NSPO2DPOConfig) -> None:
-    """Say how many pairs `max_length` cuts: what is cut off teaches nothing."""
-    if args.max_length is None or not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
-        return
-    cut = 0
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    for batch in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
-        prompt, chosen, rejected = (pc.list_value_length(batch[column]) for column in columns)
-        longest = pc.add(prompt, pc.max_element_wise(chosen, rejected))
-        cut += pc.sum(pc.greater(longest, args.max_length)).as_py() or 0
-    if cut and args.process_index == 0:
-        print(f"{cut} of {len(dataset)} training pairs are longer than `max_length` ({args.max_length}) and are cut.")
 
 
 def before_and_after(history: Sequence[dict]) -> dict[str, dict[str, float | None]]:
