@@ -259,7 +259,7 @@ def test_files_are_read(tmp_path, name, text, row, folder):
         ("a.jsonl", lines(PAIR).encode("utf-16"), "a.jsonl, line 1 is not UTF-8"),
         ("a.json", json.dumps([PAIR], ensure_ascii=False).encode("latin-1"), "a.json, line 1 is not UTF-8"),
         ("a.csv", CSV.encode("cp1252"), "a.csv, line 2 is not UTF-8"),
-        ("a.jsonl", lines(PAIR) + "{oops\n", "a.jsonl, line 2: Expecting property name"),
+        ("a.jsonl", lines(PAIR) + "{oops\n", "JSON parse error in a.jsonl, line 2, column 2: Expecting"),
         ("a.jsonl", "[1]\n[2]\n", "a.jsonl, line 1 is no object"),
         ("a.csv", CSV + "a,b,c,d\n", "Expected 3 fields in line 6, saw 4"),
         ("a.csv", CSV + "a,b\n", "row 5 (the first is 1): `rejected` is empty"),
@@ -315,6 +315,25 @@ def test_rows_with_too_long_a_prompt_are_counted(tmp_path, capsys, lost, held_ou
     said = capsys.readouterr().out
     assert words in said and "(the first is 1), 'Ada Ada Ada " in said
     assert held_out == "steps" or f"{lost} of {words} is row 4 (" in said
+
+
+# ---- what is there already ----
+
+
+@pytest.mark.parametrize(
+    "there, kind",
+    [("adapter_config.json", "an adapter"), ("adapter_model.bin", "an adapter"), ("model.safetensors", "a")],
+)
+def test_what_was_trained_is_not_overwritten(tmp_path, capsys, there, kind):
+    argv = command(tmp_path, "--save_strategy", "no")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / there).touch()
+    said = refused(capsys, argv)
+    assert said.startswith("error: `--output_dir` '") and f"holds {kind}" in said and "choose another folder" in said
+    (tmp_path / "out/checkpoint-3").mkdir()
+    (tmp_path / "out/checkpoint-3/trainer_state.json").write_text("{}")
+    args = train.parse([*argv, "--resume_from_checkpoint", "true"])[1]
+    assert train.checkpoint_to_resume(args)  # to go on is to be told
 
 
 # ---- threads ----

@@ -11,7 +11,7 @@ from typing import NoReturn, get_args, get_origin, get_type_hints
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 from ..config import refuse_removed
-from ..training.checkpoints import last_whole, refuse_half
+from ..training.checkpoints import last_whole, refuse_half, refuse_trained
 from ..training.options import NSPO2DPOConfig
 from .checks import check_values
 from .data import NSPO2ScriptArguments
@@ -134,6 +134,7 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
                 f"`output_dir`: {found!r} is of an earlier run. Add `--resume_from_checkpoint true` to go on with it, "
                 "or choose another `--output_dir` to start anew."
             )
+        refuse_trained(str(args.output_dir))
         return None
     if wanted.lower() not in ("true", "yes", "last"):
         if not Path(wanted).is_dir():

@@ -28,6 +28,7 @@ from ..projections.retain.measure import retention
 from ..projections.retain.pairs import pair_batches, preference, tokenize_pairs
 from ..projections.retain.project import FORMS, Point, put, starts
 from ..projections.retain.texts import Batch, check_texts, hold_out, refuse_same_texts
+from ..training.checkpoints import refuse_trained
 from ..training.loading import load
 from ..training.retain import check_point, input_spaces, retained_batches, retained_texts
 from .frontier import Entry, choose, draw, scaled_kl, show
@@ -92,13 +93,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def refuse_adapter_in(output_dir: str) -> None:
-    """Raises `ValueError` where `output_dir` holds an adapter."""
-    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        if (Path(output_dir) / name).exists():
-            raise ValueError(f"`--output_dir` {output_dir!r} holds an adapter already: choose another folder.")
-
-
 def load_model(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """The base with the adapter, the tokenizer, and what the base is called."""
     try:
@@ -150,7 +144,7 @@ def load_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 def retain(args: argparse.Namespace) -> dict[str, Any]:
     """All that `retain.json` has, with the adapter written; see the module's docstring."""
-    refuse_adapter_in(args.output_dir)
+    refuse_trained(args.output_dir)
     model, tokenizer, base = load_model(args)
     adapters = input_adapters(model, "default")
     learned: list[list[int]] = []

@@ -74,6 +74,13 @@ def refuse_half(checkpoint: str | os.PathLike) -> None:
         )
 
 
+def refuse_trained(output_dir: str | os.PathLike) -> None:
+    """Raises `ValueError` where the folder holds an adapter or a model, which would be overwritten."""
+    for kind, names in {"an adapter": "adapter_config.json adapter_model.*", "a model": "model*.safetensors"}.items():
+        if any(found for name in names.split() for found in Path(output_dir).glob(name)):
+            raise ValueError(f"`--output_dir` {str(output_dir)!r} holds {kind} already: choose another folder.")
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -104,7 +104,7 @@ def _fault(path: Path, parse: bool = False) -> str | None:
                 except UnicodeDecodeError as error:
                     return f"{path.name}, line {number} is not UTF-8 ({error.reason}): save the file as UTF-8"
                 except json.JSONDecodeError as error:
-                    return f"{path.name}, line {number}: {error.msg} at column {error.colno}"
+                    return f"JSON parse error in {path.name}, line {number}, column {error.colno}: {error.msg}"
     except (OSError, EOFError) as error:
         return f"{path.name}: {error}"
     return None
