@@ -1,5 +1,6 @@
 """What new users type and have in their files: it works, or one sentence says what to change. Most trains nothing."""
 
+import ast
 import csv
 import gzip
 import inspect
@@ -7,17 +8,23 @@ import io
 import json
 import re
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from rich.console import Console
 from test_scripts import RECIPE, command, few_rows, refused
+from transformers import TrainerState
+from transformers.utils.logging import set_verbosity_warning
 from trl import DPOTrainer
 
 from nspo2_trl.cli import checks, train
+from nspo2_trl.cli.lines import WATCHED, BriefTable
 from nspo2_trl.cli.threads import few_threads
 from nspo2_trl.cli.words import with_config
+from nspo2_trl.metrics import METRICS
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -334,6 +341,37 @@ def test_what_was_trained_is_not_overwritten(tmp_path, capsys, there, kind):
     (tmp_path / "out/checkpoint-3/trainer_state.json").write_text("{}")
     args = train.parse([*argv, "--resume_from_checkpoint", "true"])[1]
     assert train.checkpoint_to_resume(args)  # to go on is to be told
+
+
+# ---- what is shown ----
+
+
+@pytest.mark.parametrize("options", ["", "--disable_tqdm false", "--log_level debug"])
+def test_lines_have_what_people_watch(tmp_path, capsys, options):
+    train.main(command(tmp_path, *options.split(), "--nspo2_update_freq", "1", "--eval_steps", "2", steps=2))
+    set_verbosity_warning()
+    shown = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'")]
+    steps, evaluations = ([line for line in shown if name in line] for name in ("loss", "eval_loss"))
+    assert steps[0].keys() >= {"loss", "rewards/accuracies", "rewards/margins", "learning_rate", "nspo2/active"}
+    assert list(steps[0])[1] == "rewards/accuracies" and evaluations[0].keys() >= {"eval_loss", "eval_retain_kl"}
+    for line in shown:
+        assert (len(line) > 12) == ("debug" in options and line in steps + evaluations) or "train_loss" in line
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert "logps/chosen" in state["log_history"][1]
+
+
+def test_a_narrow_terminal_has_the_rewards_in_sight(tmp_path):
+    names = [*WATCHED, *(f"nspo2/{name}" for name in METRICS), "logps/chosen", "logits/chosen"]
+    for level, wanted in (("passive", ["accuracies", "margins", "noise_scale"]), ("info", ["accuracies", "margins"])):
+        table = BriefTable()
+        args, state = SimpleNamespace(log_level=level), TrainerState(max_steps=2, is_world_process_zero=True)
+        table.on_train_begin(args, state, None)
+        table.on_log(args, state, None, logs={name: 0.5 for name in reversed(names) if "eval" not in name})
+        table.rich_group.stop()
+        out = Console(width=80, file=io.StringIO())
+        out.print(table.training_status.renderable)
+        shown = "\n".join(out.file.getvalue().splitlines()[:20])
+        assert all(word in shown for word in wanted), shown
 
 
 # ---- threads ----

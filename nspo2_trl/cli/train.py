@@ -17,8 +17,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import ProgressCallback
-from trl import DatasetMixtureConfig, ModelConfig, RichProgressCallback, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from ..training.card import means, measured
 from ..training.checkpoints import CheckpointError, first_line, last_whole
@@ -29,6 +28,7 @@ from ..training.resuming import refuse_other_adapter
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .checks import check_packages, missing
 from .data import NSPO2ScriptArguments, splits, tell_of_long_rows, tell_of_lost_rows
+from .lines import show_logs
 from .shapes import no_template
 from .threads import few_threads
 
@@ -161,10 +161,7 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     except KeyboardInterrupt:
         leave("Interrupted before training: nothing was written.", True)
     main_process = trainer.accelerator.is_main_process
-    live = RichProgressCallback() if main_process and sys.stdout.isatty() and not args.disable_tqdm else None
-    if live:  # a table that is drawn anew; lines where nobody watches
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(live)
+    live = show_logs(trainer)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")
         last, half = last_whole(args.output_dir)
