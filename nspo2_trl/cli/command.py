@@ -63,7 +63,7 @@ def train(argv: list[str]) -> None:
 
         return train_here(argv, prog="nspo2 train")
     recipe = next((Path(path) for flag, path in zip(argv, argv[1:]) if flag == "--config"), Path())
-    says_cpu = "--use_cpu" in argv or (recipe.is_file() and "use_cpu" in recipe.read_text())
+    says_cpu = "--use_cpu" in argv or (recipe.is_file() and "use_cpu" in recipe.read_text(errors="ignore"))
     if not gpus and not says_cpu and not launch.accelerate_config:
         sys.exit("error: there is no GPU here, and each process would train for itself: add `--use_cpu true`.")
     options = []
@@ -77,8 +77,13 @@ def train(argv: list[str]) -> None:
     if launch.num_processes:
         options += ["--num_processes", str(launch.num_processes)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "nspo2_trl.cli.train", *argv]
+    environment = dict(os.environ)
+    from .train import in_a_sentence, read
+
+    with in_a_sentence():  # here, since the launcher would add its traceback
+        read(argv)
     sys.stdout.flush()
-    os.execv(sys.executable, command)  # the launcher in the place of this process, so that signals reach it
+    os.execve(sys.executable, command, environment)  # the launcher in this one's place, so that signals reach it
 
 
 def retain(argv: list[str]) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -137,6 +138,28 @@ def leave(message: str, main_process: bool) -> NoReturn:
     sys.exit(130)
 
 
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """What ends a command before training ends it in one sentence."""
+    try:
+        yield
+    except ImportError as error:
+        sys.exit(f"error: a package is missing: {error} Install it, or leave out the option that asks for it.")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        leave("Interrupted before training: nothing was written.", True)
+
+
+def read(argv: list[str]) -> tuple:
+    """What the command line says, as `parse` has it, and the checkpoint to resume from or None."""
+    parsed = parse(argv)
+    checkpoint = checkpoint_to_resume(parsed[1])
+    if checkpoint is not None:
+        check_adapter(checkpoint, parsed[2])
+    return *parsed, checkpoint
+
+
 def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "--help_all"} & set(argv):
@@ -144,22 +167,13 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     # TRL and Transformers call their own deprecated names
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     again = "add `--resume_from_checkpoint true` to the same command"
-    try:
-        script_args, args, model_args, mixture = parse(argv)
+    with in_a_sentence():
+        script_args, args, model_args, mixture, checkpoint = read(argv)
         few_threads(args.device.type == "cpu")
-        checkpoint = checkpoint_to_resume(args)
-        if checkpoint is not None:
-            check_adapter(checkpoint, model_args)
         args.eval_on_start = args.eval_on_start or (args.eval_strategy != "no" and checkpoint is None)
         trainer = build(script_args, args, model_args, mixture)
         if checkpoint is not None:
             refuse_other_adapter(checkpoint, trainer.model)
-    except ImportError as error:
-        sys.exit(f"error: a package is missing: {error} Install it, or leave out the option that asks for it.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        leave("Interrupted before training: nothing was written.", True)
     main_process = trainer.accelerator.is_main_process
     live = show_logs(trainer)
     if checkpoint is not None and main_process:
