@@ -146,6 +146,14 @@ def test_a_recipe_in_another_encoding(tmp_path, capsys):
         ("--output_dir=", "`output_dir` is empty: name a folder, it will be made"),
         ("--model_name_or_path=", "`model_name_or_path` is missing"),
         ("--dataset_name=", "`dataset_name` is missing"),
+        (
+            "--dataset_name nowhere",
+            "`dataset_name`: there is no file or folder 'nowhere', and as a hub id it could not",
+        ),
+        ("--model_name_or_path docs", "`model_name_or_path`: the folder 'docs' has no config.json"),
+        ("--lr_scheduler_kwargs {a", "`lr_scheduler_kwargs` is no JSON: Expecting property name"),
+        ("--sync_ref_model true", "You passed `sync_ref_model=True` while using a PEFT model"),
+        ("--eval_strategy no --adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--report_to nonesuch", "`report_to`: 'nonesuch' is none of azure_ml"),
         ("--report_to tensorbord", "Did you mean `tensorboard`?"),
         ("--push_to_hub true", "`push_to_hub`: the hub does not answer, or does not know you (Cannot reach"),
@@ -155,6 +163,7 @@ def test_values_that_cannot_work(tmp_path, capsys, monkeypatch, options, message
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     said = refused(capsys, command(tmp_path, *options.split()))
     assert message in said and said.startswith("error: ") and "\n" not in said
+    assert not list(tmp_path.rglob("adapter*"))
 
 
 @pytest.mark.parametrize(

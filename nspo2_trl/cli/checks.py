@@ -25,8 +25,8 @@ _NOT_NEGATIVE = option(None, lambda v: is_number(v) and v >= 0, "a number of at 
 _WHOLE = whole(1, "", least=1)
 RANGES: dict[str, Field] = {
     **dict.fromkeys(("learning_rate", "beta", "weight_decay", "warmup_steps", "max_grad_norm"), _NOT_NEGATIVE),
-    **dict.fromkeys(("num_train_epochs", "lora_dropout"), _NOT_NEGATIVE),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "lora_r"), _WHOLE),
+    **dict.fromkeys(("num_train_epochs", "lora_dropout", "logging_steps", "save_steps"), _NOT_NEGATIVE),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "lora_r", "lora_alpha"), _WHOLE),
     "gradient_accumulation_steps": _WHOLE,
     "max_length": option(
         None, lambda v: v is None or is_int(v) and v > 0, "a whole number of at least 1, or null", ""
@@ -47,6 +47,10 @@ def check_values(
         raise ValueError("`model_name_or_path` is missing: set it to a hub id or a local folder.")
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise FileNotFoundError(f"`model_name_or_path`: there is no folder {model!r}.")
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        only = (Path(model) / "adapter_config.json").is_file()
+        words = "holds an adapter: name the model that it was trained on" if only else "has no config.json"
+        raise ValueError(f"`model_name_or_path`: the folder {model!r} {words}.")
     if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
     out = Path(str(args.output_dir))

@@ -144,8 +144,9 @@ def in_a_sentence() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        sys.exit(f"error: a package is missing: {error} Install it, or leave out the option that asks for it.")
-    except (ValueError, OSError) as error:
+        words = first_line(error).strip(" .")
+        sys.exit(f"error: a package is missing: {words}. Install it, or leave out the option that asks for it.")
+    except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         leave("Interrupted before training: nothing was written.", True)
@@ -153,6 +154,8 @@ def in_a_sentence() -> Iterator[None]:
 
 def read(argv: list[str]) -> tuple:
     """What the command line says, as `parse` has it, and the checkpoint to resume from or None."""
+    # TRL and Transformers call their own deprecated names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parsed = parse(argv)
     checkpoint = checkpoint_to_resume(parsed[1])
     if checkpoint is not None:
@@ -164,8 +167,6 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "--help_all"} & set(argv):
         return show_help(prog, everything="--help_all" in argv)
-    # TRL and Transformers call their own deprecated names
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     again = "add `--resume_from_checkpoint true` to the same command"
     with in_a_sentence():
         script_args, args, model_args, mixture, checkpoint = read(argv)
@@ -193,8 +194,11 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         leave(f"Interrupted after step {trainer.state.global_step}: {hint}.", main_process)
     except CheckpointError as error:
         sys.exit(f"\nerror: {error}")  # below the progress bar
-    except ImportError as error:  # before the first step
-        sys.exit(f"error: {missing(error, args, model_args)}")
+    except (ImportError, NotImplementedError, ValueError) as error:
+        if trainer.state.global_step:
+            raise
+        # optimizer, schedule and loaders are made only now, of options that nothing has looked at before
+        sys.exit(f"error: {missing(error, args, model_args) if isinstance(error, ImportError) else error}")
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
     try:
         trainer.save_model()

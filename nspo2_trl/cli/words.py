@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Sequence
 
@@ -35,7 +36,11 @@ def split_list(text: str) -> list[str]:
 
 
 def spell_out(argv: Sequence[str], lists: Collection[str]) -> list[str]:
-    """`argv` with one word for each value of the options `lists`, and no number that looks like an option."""
+    """`argv` with one word for each value of the options `lists`, and no number that looks like an option.
+
+    Raises:
+        ValueError: a value in braces is no JSON.
+    """
     words: list[str] = []
     option = ""
     argv = [part for word in argv for part in (word.split("=", 1) if word.split("=")[0] in lists else [word])]
@@ -44,5 +49,10 @@ def spell_out(argv: Sequence[str], lists: Collection[str]) -> list[str]:
             option = word
         elif re.fullmatch(r"-\.?\d[\d.]*(e[+-]?\d+)?|-inf", word, re.I):
             word = f" {word}"  # argparse takes -1e-3 for an option, and converts this
+        elif word.startswith("{"):
+            try:
+                json.loads(word)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`{option.removeprefix('--')}` is no JSON: {error}.") from error
         words += split_list(word) if option in lists and word != option else [word]
     return words

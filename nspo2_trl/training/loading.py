@@ -60,7 +60,8 @@ def load(
         if isinstance(cause, (StopIteration, pd.errors.EmptyDataError)) or "corresponds to no data" in str(cause):
             raise ValueError(f"The dataset {name!r} is empty: {needs}.") from error
         if not files and not isinstance(error, DatasetGenerationError):
-            raise
+            words = f"`{option}`: there is no file or folder {name!r}, and as a hub id it could not be loaded"
+            raise ValueError(f"{words}: {str(error).strip(' .')}.") from error
         found = [fault for file in files if (fault := _fault(file, parse=True))] or [str(cause).strip(" .\n")]
         raise ValueError(f"`{option}` {name!r} could not be read: {found[0]}.") from error
     finally:
