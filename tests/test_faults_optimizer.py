@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_optimizer import copies, network, options, same, train, wrapped
 from torch import nn, optim
 from torch.distributed import checkpoint, init_device_mesh
@@ -94,6 +95,21 @@ def test_a_layer_that_is_unfrozen_later_is_trained_and_filtered(how):
     assert same(train(model, optimizer, 4), train(other, resumed, 4))
 
 
+def test_an_adapter_that_is_switched_to_later_is_trained_and_filtered():
+    lora = LoraConfig(r=2, target_modules=["0", "2"])
+    model = get_peft_model(network(), lora)
+    model.add_adapter("other", lora)
+    model.set_adapter("default")
+    optimizer = create_nspo2_optimizer(model, optim.SGD, {"lr": 0.05}, options())
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        train(model, optimizer, 5)
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved == {n for n in before if f".{name}." in n} and len(moved) == 4
+        assert filtered(optimizer) >= {id(p) for n, p in model.named_parameters() if n in moved}
+
+
 def added_inside(model, new, optimizer):
     optimizer.optimizer.add_param_group({"params": list(new.parameters())})
 
@@ -178,7 +194,7 @@ def test_torchs_checkpoint_helpers_keep_all_of_the_state(how, cls, tmp_path):
     train(model, optimizer, 5)
     states = copy.deepcopy(how(model, optimizer, tmp_path))
     set_state_dict(other, resumed, model_state_dict=states[0], optim_state_dict=states[1])
-    assert "packed" not in resumed.param_groups[0]
+    assert "nspo2" not in resumed.param_groups[0]
     assert same(train(model, optimizer, 5), train(other, resumed, 5)) and optimizer.get_metrics()["is_active"]
 
 

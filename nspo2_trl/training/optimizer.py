@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def _module_blocks(model: nn.Module) -> list[Block]:
-    """LoRA adapters where the model has trainable ones, else the trainable parameters of each module."""
+    """Adapters where the model has trainable ones, else the trainable parameters of each module."""
     try:
         return lora_blocks(model)
     except ValueError:
@@ -46,15 +46,15 @@ def create_nspo2_optimizer(
     """Wrap a torch optimizer so that every step's gradient (or update) is filtered by NSPO2.
 
     Args:
-        params: parameters, parameter groups, an iterator over either, or a model. Of a model, each LoRA adapter is a
-            block, else each module; of parameters, each tensor is one.
+        params: parameters, parameter groups, an iterator over either, or a model. Of a model, each adapter is a block,
+            else each module; of parameters, each tensor is one. What is unfrozen or added later is one too.
         optimizer_cls: the optimizer to wrap, such as `torch.optim.Adam`. optimizer_kwargs: such as `{"lr": 1e-3}`.
         config: [`NSPO2Config`] or a mapping; `get_default_config()` if left out.
         blocks: lists of parameters that shall be filtered as one vector each; parameters in none are left alone.
 
     Raises:
-        ValueError: no parameter, a bad option, a parameter of `blocks` that is not optimized, or an optimizer that
-            evaluates a closure several times a step.
+        ValueError: no parameter, or one that cannot be filtered; a bad option; a parameter of `blocks` that is not
+            optimized; an optimizer that evaluates gradients itself, as LBFGS and SAM do.
     """
     if not isinstance(config, NSPO2Config):
         config = get_default_config() if config is None else NSPO2Config(**config)

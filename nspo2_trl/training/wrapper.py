@@ -122,7 +122,7 @@ class Wrapper(torch.optim.Optimizer):
 
 # torch's `get_optimizer_state_dict` keeps the entries `state` and `param_groups` and drops any other, so what it asks
 # for has the others in a group: as bytes, which no helper casts, reshapes or takes apart.
-_CHECKPOINT, _KEPT, _PACKED = "torch.distributed.checkpoint.state_dict", ("state", "param_groups"), "packed"
+_CHECKPOINT, _KEPT, _PACKED = "torch.distributed.checkpoint.state_dict", ("state", "param_groups"), "nspo2"
 
 
 def _packed(state: dict) -> dict:
