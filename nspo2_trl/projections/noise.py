@@ -17,7 +17,7 @@ from ..engine.finite import all_finite
 from ..engine.sentinel import BiasSentinel
 from ..engine.state import in_dtype
 from ..engine.sums import spectrum
-from ..layout.blocks import Block, Unit, units
+from ..layout.blocks import Block, units
 from ..layout.stacks import Stack, stacked
 from ..metrics import VANISHED
 from .protocol import Step
@@ -54,29 +54,26 @@ class NoiseProjection:
         self.sentinel = BiasSentinel.of(self.config)
         self.stacks: list[Stack] = []
         self.filters: list[NoiseFilter] = []
-        self._add(units(blocks, self.config.covariance), layout or {})
+        self.follow(blocks, layout)
         self.skipped_steps, self.largest = 0, 0.0  # steps; mean gradient norm between two calls of `metrics`
         self._samples: list[torch.Tensor | None] = []  # of the step, for each stack; empty where it is left out
         self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
 
-    def follow(self, blocks: list[Block]) -> None:
+    def follow(self, blocks: list[Block], layout: Mapping[str, int] | None = None) -> None:
         """Filter `blocks` from now on: the estimate of stacks whose blocks are all among them as they were goes on."""
         found = {unit.name: unit for unit in units(blocks, self.config.covariance)}
-        progress = self.filters[0].progress
+        progress = self.filters[0].progress if self.filters else 0.0
         kept = [i for i, stack in enumerate(self.stacks) if stack.is_of(found)]
         self.stacks, self.filters = [self.stacks[i] for i in kept], [self.filters[i] for i in kept]
         there = self._names()
-        self._add((found[name] for name in found if name not in there), {})
-        self.set_progress(progress)
-
-    def _add(self, found: Iterable[Unit], layout: Mapping[str, int]) -> None:
-        """Take up what [`units`] gave; its estimate starts now."""
-        for stack in stacked(found, layout, self.updates, self.process_group):
+        new = [unit for name, unit in found.items() if name not in there]
+        for stack in stacked(new, layout or {}, self.updates, self.process_group):
             if self.config.eigensolver == "exact":
                 check_exact(stack.shape[1], stack.shards)
             stack.build()
             self.stacks.append(stack)
             self.filters.append(NoiseFilter(self.config, self.sentinel, self.recent, self.share, stack.shards))
+        self.set_progress(progress)
 
     @property
     def total(self) -> Total:
