@@ -426,16 +426,41 @@ def test_a_run_that_diverged_says_so(make_trainer, caplog, options, gradient, st
         assert trainer.nspo2_diverged_at is None
 
 
+# ---- the command ----
+
+
+@pytest.fixture
+def command(in_the_repository, tmp_path):
+    """`command(...)`: `nspo2 train` on the quick start for 5 steps, with more options."""
+
+    def run(*options):
+        recipe = ["--config", "recipes/quickstart/dpo.yaml", "--output_dir", str(tmp_path), "--eval_strategy", "no"]
+        quick = ["--nspo2_retain_project", "no", "--nspo2_retain_kl", "0", "--nspo2_retain_samples", "10"]
+        main([*recipe, *quick, "--max_steps", "5", "--save_steps", "5", "--logging_steps", "1", *options])
+
+    return run
+
+
 @pytest.mark.parametrize("off", [[], ["--nspo2_enabled", "false"]])
-def test_the_command_fails_where_the_run_diverged(in_the_repository, tmp_path, monkeypatch, capsys, off):
+def test_the_command_fails_where_the_run_diverged(command, tmp_path, monkeypatch, capsys, off):
     monkeypatch.setattr("nspo2_trl.cli.train.NSPO2DPOTrainer", Diverges)
-    recipe = ["--config", "recipes/quickstart/dpo.yaml", "--max_steps", "5", "--eval_strategy", "no"]
-    quick = ["--nspo2_retain_project", "no", "--nspo2_retain_kl", "0", "--nspo2_retain_samples", "10"]
     with pytest.raises(SystemExit) as left:
-        main([*recipe, *quick, *off, "--output_dir", str(tmp_path), "--logging_steps", "1"])
+        command(*off)
     assert left.value.code.startswith("error: the loss or a gradient was not finite from step 4 on: lower")
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert "the first basis comes after" not in capsys.readouterr().out
+
+
+def test_the_command_resumes_without_nspo2_and_refuses_what_does_not_fit(command, caplog, capsys):
+    command("--nspo2_update_freq", "2")
+    again = ["--resume_from_checkpoint", "true"]
+    command(*again)
+    assert "finished, at step 5 of 5" in caplog.text
+    command(*again, "--max_steps", "6", "--nspo2_enabled", "false")
+    assert "nspo2/active" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        command(*again, "--max_steps", "7", "--lora_target_modules", "q_proj", "v_proj")
+    assert "does not fit this run's" in left.value.code and len(left.value.code.splitlines()) == 1
 
 
 # ---- arguments that make no sense ----
