@@ -110,10 +110,19 @@ def test_requires_grad_changed_later(make_trainer, event, wanted, caplog):
     assert ("starts anew" in caplog.text) == (event == "on_step_begin")
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("event", ["", "on_train_begin", "on_step_begin", "on_substep_end", "on_step_end"])
+@pytest.mark.parametrize(
+    "event, steps",
+    [
+        ("", 4),
+        ("on_train_begin", 1),
+        ("on_step_begin", 4),
+        ("on_substep_end", 4),
+        ("on_step_end", 4),
+        ("on_step_end", 1),
+    ],
+)
 def test_accumulation_changed_later(make_trainer, event, steps):
-    trainer, plain = make_trainer(nspo2_projection_rank=0), make_trainer(DPOTrainer)
+    trainer, plain = make_trainer(nspo2_projection_rank=0, max_steps=6), make_trainer(DPOTrainer, max_steps=6)
     for made in (trainer, plain):
 
         def switch(args, state, made=made):
@@ -430,11 +439,14 @@ def test_a_run_that_diverged_says_so(make_trainer, caplog, options, gradient, st
 
 
 @pytest.fixture
-def command(in_the_repository, tmp_path):
+def command(in_the_repository, pairs, tmp_path):
     """`command(...)`: `nspo2 train` on the quick start for 5 steps, with more options."""
+
+    pairs.to_json(tmp_path / "pairs.jsonl")
 
     def run(*options):
         recipe = ["--config", "recipes/quickstart/dpo.yaml", "--output_dir", str(tmp_path), "--eval_strategy", "no"]
+        recipe += ["--dataset_name", str(tmp_path / "pairs.jsonl")]
         quick = ["--nspo2_retain_project", "no", "--nspo2_retain_kl", "0", "--nspo2_retain_samples", "10"]
         main([*recipe, *quick, "--max_steps", "5", "--save_steps", "5", "--logging_steps", "1", *options])
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import find_batch_size
 
 
 class Stopwatch:
@@ -68,7 +68,8 @@ class StepTimer(TrainerCallback):
 
     def count(self, inputs: Any, full: int) -> None:
         """A micro-batch ran; `full` is how many examples one has, over all processes, that is not cut short."""
-        rows = find_batch_size(inputs) or self.rows  # trainers differ in how many rows an example has
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        rows = self.rows if ids is None else len(ids)  # trainers differ in how many rows an example has
         self.rows = max(rows, self.rows)
         self.examples += full * rows / self.rows if self.rows else full
 
