@@ -148,7 +148,7 @@ def test_options_changed_later(make_trainer):
     assert figures(trainer, "rank")[-1] == 2 and trainer.nspo2.config.projection_rank == 2
     for name, value in (("projection_rank", -1), ("enabled", False)):
         setattr(trainer.args, f"nspo2_{name}", value)
-        with pytest.raises(ValueError, match=f"{name}` (must be a whole number|was changed after)"):
+        with pytest.raises(ValueError, match=f"`nspo2_{name}` (must be a whole number|was changed after)"):
             trainer.train()
 
 

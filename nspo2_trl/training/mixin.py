@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from trl.trainer.utils import get_config_model_id
 
-from ..config import NSPO2Config
+from ..config import NSPO2Config, check_options
 from ..engine.finite import any_bad, entries
 from ..layout.adapters import lora_blocks
 from ..layout.blocks import params_outside
@@ -28,7 +28,7 @@ from .card import add_to_card
 from .deepspeed import whole_params
 from .diverged import Diverged
 from .micro_batches import MicroBatchMixin
-from .options import NSPO2Arguments, nspo2_options
+from .options import TRAINER_OPTIONS, NSPO2Arguments, nspo2_options
 from .refusals import refuse_arguments, refuse_optimizer, refuse_unsupported, say_what_is_plain, warn_of_unmatched
 from .retain import Texts
 from .retain_mixin import RetainMixin
@@ -127,6 +127,9 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
 
     def _nspo2_start(self) -> None:
         """Projections that know nothing yet, of the parameters as they are now; the others stay while those do."""
+        options = nspo2_options(self.args)
+        users = {name: value for name, value in options.items() if name in TRAINER_OPTIONS}
+        check_options(users, prefix="nspo2_")  # they may have been changed
         blocks, trained, same = lora_blocks(self.model), self._nspo2_trained(), False
         if self.nspo2 is not None:
             self.nspo2_samples.detach()
@@ -136,7 +139,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
         micro_batches = self.args.gradient_accumulation_steps
         self.nspo2 = NoiseProjection(
             blocks,
-            NSPO2Config(**nspo2_options(self.args)),
+            NSPO2Config(**options),
             process_group=dist.group.WORLD if self.accelerator.num_processes > 1 or self.is_fsdp_enabled else None,
             share=sample_share(micro_batches * self.accelerator.num_processes),
         )
@@ -170,7 +173,8 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # only with the loss, or at the end: callbacks log other things, and these figures belong to a window of steps
         mine = "loss" in logs or "train_loss" in logs
-        if "train_loss" in logs and self.nspo2 is not None and self.state.global_step == self._initial_global_step:
+        trains = self.is_in_train and self.nspo2 is not None
+        if trains and "train_loss" in logs and self.state.global_step == self._initial_global_step:
             return  # of a run that was finished before: no step was taken, and no loss seen
         steps, seconds, examples = self.nspo2_step_timer.take() if mine else (0, 0.0, 0.0)
         if steps:

@@ -93,9 +93,9 @@ def refuse_optimizer(args: Any, optimizer: Any = None) -> None:
     """Raise `ValueError` for an optimizer that filters by itself, or that steps inside the backward pass.
 
     Args:
-        optimizer: what is known of it yet; one that others wrap is found by their attribute `optimizer`.
+        optimizer: None where it is not made yet; one that others wrap is found by their attribute `optimizer`.
     """
-    if "layerwise" in args.optim or "lomo" in args.optim:
+    if optimizer is None and ("layerwise" in args.optim or "lomo" in args.optim):
         raise ValueError(STEPS_IN_BACKWARD.format(name=f"`optim='{getattr(args.optim, 'value', args.optim)}'`"))
     while optimizer is not None:
         if isinstance(optimizer, NSPO2Optimizer):

@@ -29,7 +29,8 @@ def save_run(folder: str | os.PathLike, trainer: Any) -> None:
 
 
 def _run(trainer: Any) -> dict[str, Any]:
-    found = {name: value for name, value in recipe(trainer).items() if not name.startswith(ASIDE)}
+    settings = {name: value for name, value in recipe(trainer).items() if not name.startswith(ASIDE)}
+    found = {name: value for name, value in settings.items() if " at 0x" not in str(value)}  # an object's address
     return found | {"training data": _fingerprint(trainer.train_dataset)}
 
 

@@ -93,10 +93,9 @@ class SavingMixin(_BaseTrainer):
             raise error or OSError("another process could not write its part")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        groups = lambda: {key for group in self.optimizer.param_groups for key in group if key != "initial_lr"}
-        wanted = groups()
         super()._load_optimizer_and_scheduler(checkpoint)
-        if missing := wanted - groups():
+        known = {key for group in self.optimizer.param_groups for key in group}
+        if checkpoint is not None and (missing := set(self.optimizer.defaults) - known):
             raise ValueError(
                 f"`resume_from_checkpoint`: the state in {checkpoint!r} is of another optimizer, it has no "
                 f"{' and '.join(f'`{key}`' for key in sorted(missing))}: resume with the `optim` of its run."
