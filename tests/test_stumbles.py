@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import MODEL, ROOT
 from rich.console import Console
 from test_scripts import RECIPE, command, few_rows, refused
-from transformers import TrainerState
+from transformers import AutoTokenizer, TrainerState
 from transformers.utils.logging import set_verbosity_warning
 from trl import DPOTrainer
 
-from nspo2_trl.cli import checks, train
+from nspo2_trl.cli import checks, retain, train
 from nspo2_trl.cli.lines import WATCHED, BriefTable
 from nspo2_trl.cli.threads import few_threads
 from nspo2_trl.cli.words import with_config
@@ -161,7 +161,7 @@ def test_a_recipe_in_another_encoding(tmp_path, capsys):
 )
 def test_values_that_cannot_work(tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    said = refused(capsys, command(tmp_path, *options.split()))
+    said = refused(capsys, command(tmp_path, *options.split())).strip()
     assert message in said and said.startswith("error: ") and "\n" not in said
     assert not list(tmp_path.rglob("adapter*"))
 
@@ -307,6 +307,47 @@ def test_files_that_cannot_be_used(tmp_path, capfd, name, text, message):
     said = refused(capfd, command(tmp_path, "--dataset_name", str(tmp_path / name), "--eval_strategy", "no"))
     assert message in said and said.startswith("error: ") and "\n" not in said
     assert "Failed to" not in capfd.readouterr().err  # what datasets logs
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (lines(*3 * [CHAT]), "has no chat template: take an instruct model"),
+        (lines(*9 * [PAIR], *9 * [CHAT]), "row 10 (the first is 1): `prompt` is messages, and in row 1 it is text"),
+        (lines(*9 * [PAIR], PAIR | {"chosen": None}), "row 10 (the first is 1): `chosen` is missing"),
+    ],
+    ids=["template", "mixed", "missing"],
+)
+def test_rows_of_a_stream_are_looked_at_as_they_come(tmp_path, capsys, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    argv = command(tmp_path, "--dataset_name", str(tmp_path / "a.jsonl"), "--eval_strategy", "no")
+    argv += ["--dataset_streaming", "true"]
+    said = refused(capsys, argv).strip()
+    assert message in said and said.startswith("error: ") and "\n" not in said
+
+
+def test_messages_in_cells_may_have_keys_that_others_lack(tmp_path):
+    named = CHAT | {"prompt": [{"role": "user", "content": "Sing", "name": "Ada"}]}
+    (tmp_path / "a.csv").write_text(table(*1100 * [CHAT], named))
+    assert [rows["prompt"][0]["name"] for rows in read(tmp_path / "a.csv")] == 1100 * [None] + ["Ada"]
+
+
+def test_whole_texts_with_a_prompt_are_told(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(PAIR | {"chosen": "Ada and Bea sang.", "rejected": "Ada and Bea cried."}))
+    assert read(path)[0]["prompt"] == PAIR["prompt"]
+    assert "all begin with `prompt`; if they are whole texts, remove that column" in capsys.readouterr().out
+
+
+def test_pairs_for_nspo2_retain(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    args = SimpleNamespace(dataset_name=str(tmp_path / "a.csv"), max_length=16)
+    (tmp_path / "a.csv").write_text(CSV.replace("prompt,chosen", "Prompt,Chosen").replace("Ada and", "Ada " * 16, 1))
+    assert len(retain.load_pairs(args, tokenizer)[0]) == 3
+    assert "1 of 4 held-out pairs are left out: their prompts alone fill `--max_length`" in capsys.readouterr().out
+    (tmp_path / "a.csv").write_text(table(CHAT))
+    with pytest.raises(ValueError, match="has no chat template"):
+        retain.load_pairs(args, tokenizer)
 
 
 # ---- rows that are too long ----

@@ -16,6 +16,7 @@ from ..training.checkpoints import first_line
 from ..training.options import NSPO2DPOConfig
 from ..training.refusals import refuse_arguments
 from .data import NSPO2ScriptArguments
+from .shapes import no_template
 from .words import nearest
 
 LOSS_TYPES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down
@@ -83,7 +84,7 @@ def check_packages(args: NSPO2DPOConfig, model_args: ModelConfig) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
-        raise missing(error, args, model_args) from error
+        raise clearer(error, args, model_args) from error
     except ValueError:  # it may ask for the model, which is loaded later
         pass
     if args.push_to_hub:
@@ -96,8 +97,12 @@ def check_packages(args: NSPO2DPOConfig, model_args: ModelConfig) -> None:
             ) from error
 
 
-def missing(error: ImportError, args: NSPO2DPOConfig, model_args: ModelConfig) -> ValueError:
-    """The sentence for a package that an option asks for and that is not there."""
+def clearer(error: Exception, args: NSPO2DPOConfig, model_args: ModelConfig) -> Exception:
+    """The same with the option that asks for a package or a chat template that is not there."""
+    if "chat_template" in str(error):
+        return no_template(str(model_args.model_name_or_path))
+    if not isinstance(error, ImportError):
+        return error
     asked = [
         f"`{name}`"
         for of in (args, model_args)

@@ -20,8 +20,12 @@ Rows: TypeAlias = Dataset | IterableDataset
 MESSAGES = re.compile(r"""\s*\[?\s*\{[^{}]*['"](role|from)['"]\s*:""")  # written as text
 
 
+class RowError(ValueError):
+    """A row that DPO cannot use; of a stream it comes up while it trains."""
+
+
 def settle(dataset: Rows, name: str, named: Mapping[str, str | None] | None = None, progress: bool = False) -> Rows:
-    """The dataset with DPO's columns, each of text or of messages, after a look at every row (of a stream the first).
+    """The dataset with DPO's columns, each of text or of messages, after a look at every row, of a stream as it comes.
 
     Columns get DPO's names, messages that stand in a cell as text are read, and a `prompt` that the messages of both
     answers begin with is left out.
@@ -36,11 +40,19 @@ def settle(dataset: Rows, name: str, named: Mapping[str, str | None] | None = No
     first = check_preferences(dataset, name)
     if "chosen" not in first:  # tokenized already
         return dataset
-    if _check_rows(dataset, first, name, progress):
-        if progress:
-            print(f"{name}: `prompt` is left out, the messages of `chosen` and `rejected` begin with it.")
-        return dataset.remove_columns("prompt")
-    return dataset
+    twice = _check_rows(dataset, first, name, progress)
+    if isinstance(dataset, IterableDataset):
+        usual = _kinds(first)
+
+        def sound(row: Mapping, number: int) -> bool:
+            if fault := _fault({column: row.get(column) for column in usual}, usual):
+                raise _row_error(name, number + 1, fault)
+            return True
+
+        dataset = dataset.filter(sound, with_indices=True)
+    if twice and progress:
+        print(f"{name}: `prompt` is left out, the messages of `chosen` and `rejected` begin with it.")
+    return dataset.remove_columns("prompt") if twice else dataset
 
 
 def no_template(model: str) -> ValueError:
@@ -82,19 +94,28 @@ def _read_messages(dataset: Rows, name: str) -> Rows:
         return dataset
 
     def read(row: Mapping, number: int) -> dict[str, Any]:
-        return {column: _messages(row[column], f"`{name}`, row {number + 1}", column) for column in columns}
+        return {column: _messages(row[column], name, number + 1, column) for column in columns}
 
-    return dataset.map(read, with_indices=True)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(read, with_indices=True)
+    for column in columns:  # whole, since a message may have keys that those before it lack
+        found = [_messages(text, name, number, column) for number, text in enumerate(dataset[column], 1)]
+        dataset = dataset.remove_columns(column).add_column(column, found)
+    return dataset
 
 
-def _messages(text: Any, row: str, column: str) -> Any:
+def _messages(text: Any, name: str, number: int, column: str) -> Any:
     for reader in (json.loads, ast.literal_eval):
         try:
             return reader(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             pass
     words = """must be messages as in row 1, written as JSON: [{"role": …, "content": …}]"""
-    raise ValueError(f"The dataset {row} (the first is 1): `{column}` {words}.")
+    raise _row_error(name, number, f"`{column}` {words}")
+
+
+def _row_error(name: str, number: int, fault: str) -> RowError:
+    return RowError(f"The dataset `{name}`, row {number} (the first is 1): {fault}.")
 
 
 def _check_rows(dataset: Rows, first: Mapping, name: str, progress: bool) -> bool:
@@ -104,23 +125,26 @@ def _check_rows(dataset: Rows, first: Mapping, name: str, progress: bool) -> boo
     if isinstance(dataset, Dataset):
         parts, number = dataset.select_columns(columns).iter(ROWS_AT_ONCE), -(-len(dataset) // ROWS_AT_ONCE)
         batches = tqdm(parts, "Checking rows", number, leave=False, delay=2, disable=not progress)
-    number = same = twice = 0
-    usual = _kinds({column: first[column] for column in columns})
+    number = same = twice = whole = 0
+    usual = _kinds(first)
     for batch in batches:
         for values in zip(*(batch[column] for column in columns)):
             row = dict(zip(columns, values))
             number += 1
             if fault := _fault(row, usual):
-                raise ValueError(f"The dataset `{name}`, row {number} (the first is 1): {fault}.")
+                raise _row_error(name, number, fault)
             same += row["chosen"] == row["rejected"]
             twice += _begin_with_prompt(row)
+            whole += all(usual[c] == "text" and row[c].startswith(row.get("prompt") or "\0") for c in COLUMNS[1:])
     if same and progress:
         print(f"{name}: in {same} of {number} rows `chosen` and `rejected` are the same; they teach nothing.")
+    if whole == number and progress:
+        print(f"{name}: `chosen` and `rejected` all begin with `prompt`; if they are whole texts, remove that column.")
     return twice == number
 
 
 def _kinds(row: Mapping) -> dict[str, str]:
-    return {column: "text" if isinstance(value, str) else "messages" for column, value in row.items()}
+    return {c: "text" if isinstance(row[c], str) else "messages" for c in COLUMNS if c in row}
 
 
 def _fault(row: Mapping, usual: Mapping[str, str]) -> str | None:

@@ -27,10 +27,10 @@ from ..training.mixin import DIVERGED
 from ..training.options import NSPO2DPOConfig
 from ..training.resuming import refuse_other_adapter
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
-from .checks import check_packages, missing
+from .checks import check_packages, clearer
 from .data import NSPO2ScriptArguments, splits, tell_of_long_rows, tell_of_lost_rows
 from .lines import show_logs
-from .shapes import no_template
+from .shapes import RowError
 from .threads import few_threads
 
 SHOWN_AT_THE_END = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "retain_kl", "retain_loss")
@@ -60,12 +60,8 @@ def build(
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except ImportError as error:
-        raise missing(error, args, model_args) from error
-    except ValueError as error:
-        if "chat_template" not in str(error):
-            raise
-        raise no_template(model) from error
+    except (ImportError, ValueError) as error:
+        raise clearer(error, args, model_args) from error
     except OSError as error:
         if os.path.isdir(model) or error.errno is not None:  # of the disk
             raise
@@ -195,10 +191,10 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
     except CheckpointError as error:
         sys.exit(f"\nerror: {error}")  # below the progress bar
     except (ImportError, NotImplementedError, ValueError) as error:
-        if trainer.state.global_step:
+        if trainer.state.global_step and not isinstance(error, RowError):
             raise
         # optimizer, schedule and loaders are made only now, of options that nothing has looked at before
-        sys.exit(f"error: {missing(error, args, model_args) if isinstance(error, ImportError) else error}")
+        sys.exit(f"\nerror: {clearer(error, args, model_args)}")
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
     try:
         trainer.save_model()
