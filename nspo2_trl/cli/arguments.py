@@ -6,16 +6,15 @@ import json
 import os
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import NoReturn, get_args, get_origin, get_type_hints
+from typing import NoReturn
 
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..config import refuse_removed
 from ..training.checkpoints import last_whole, refuse_half, refuse_trained
 from ..training.options import NSPO2DPOConfig
 from .checks import check_values
-from .data import NSPO2ScriptArguments
-from .recipe import read_recipe
+from .recipe import make_parser, read_recipe
 from .words import nearest, spell_out, with_config
 
 HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
@@ -42,18 +41,6 @@ CLEARER = {
     "resume_from_checkpoint": "`true` for the last whole checkpoint in `output_dir`, or the folder of one.",
     "dataset_name": "Hub id, folder, or a .jsonl(.gz), .json, .parquet or .csv file.",
 }
-
-
-KINDS = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
-
-
-def make_parser() -> TrlParser:
-    parser = TrlParser(KINDS)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
-    hints = {name: get_args(hint) for kind in KINDS for name, hint in get_type_hints(kind).items()}
-    for action in parser._actions:
-        if any(get_origin(part) is list for part in hints.get(action.dest, ())):
-            action.nargs = "+"  # where a word fits too, TRL's takes only that
-    return parser
 
 
 def show_help(prog: str, everything: bool) -> None:

@@ -1,18 +1,37 @@
-"""The recipe: a YAML file whose keys are options; keys and values are checked before they become defaults."""
+"""The options, and the recipe: a YAML file whose keys are options; keys and values are checked by their types."""
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentParser
+from argparse import Action
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 from ..config import refuse_removed
+from ..training.options import NSPO2DPOConfig
+from .data import NSPO2ScriptArguments
 from .words import nearest, split_list
 
+KINDS = (NSPO2ScriptArguments, NSPO2DPOConfig, ModelConfig, DatasetMixtureConfig)
+# for each option what it takes: `list`, `dict`, `str` and so on
+TAKES = {
+    name: {get_origin(part) or part for part in (hint, *get_args(hint))}
+    for kind in KINDS
+    for name, hint in get_type_hints(kind).items()
+}
 
-def read_recipe(path: Path, parser: ArgumentParser) -> dict[str, Any]:
+
+def make_parser() -> TrlParser:
+    parser = TrlParser(KINDS)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
+    for action in parser._actions:
+        if list in TAKES.get(action.dest, ()):
+            action.nargs = "+"  # where a word fits too, TRL's takes only that
+    return parser
+
+
+def read_recipe(path: Path, parser: TrlParser) -> dict[str, Any]:
     """Options and their values; `env` is a mapping of variables.
 
     Raises:
@@ -31,23 +50,29 @@ def read_recipe(path: Path, parser: ArgumentParser) -> dict[str, Any]:
         if key not in known:
             raise ValueError(f"The recipe {str(path)!r} sets `{key}`, which is no option.{nearest(str(key), known)}")
         try:
-            recipe[key] = _value(actions[key], value) if key in actions else dict(value or {})
-        except (TypeError, ValueError) as error:
+            if key == "env" and not isinstance(value, dict):
+                raise ValueError("a mapping")
+            recipe[key] = _value(actions[key], value) if key in actions else value
+        except ValueError as error:
             raise ValueError(f"The recipe {str(path)!r}: `{key}` must be {error}, got {value!r}.") from error
     return recipe
 
 
 def _value(action: Action, value: Any) -> Any:
     """What the option takes for `value`; raises `ValueError` with what it must be."""
-    number = action.type in (int, float)
+    number, takes = action.type in (int, float), TAKES[action.dest]
     if action.nargs == "+" and action.type in (str, int, float) and value is not None:
         values = split_list(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
         try:
             return [action.type(one) for one in values]
         except (TypeError, ValueError) as error:
             raise ValueError("a list of numbers") from error
-    if number and isinstance(value, (list, dict, bool)):
+    if isinstance(value, (list, dict)) and type(value) not in takes and takes & {str, bool, int, float}:
+        raise ValueError("a number" if number else "true or false" if bool in takes else "text")
+    if number and isinstance(value, bool):
         raise ValueError("a number")
+    if action.type is str and type(value) in (int, float) and dict not in takes:
+        return str(value)
     choices = [str(choice) for choice in action.choices or ()]
     if value is False and "no" in choices:  # what `no` is in YAML
         return "no"

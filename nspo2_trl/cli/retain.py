@@ -34,6 +34,7 @@ from ..training.retain import check_point, input_spaces, retained_batches, retai
 from .frontier import Entry, choose, draw, scaled_kl, show
 from .shapes import no_template, settle
 from .threads import few_threads
+from .words import spell_out
 
 GIVEN = Point(0, 1.0)
 RANKS = [0, 1, 4, 12, 32]
@@ -74,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default=None, help="Of the base model; float32 on a CPU, else its own.")
     add("--load_in_4bit", action="store_true", help="The base model in 4 bits (QLoRA).")
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
-    args = parser.parse_args(argv)
+    args = parser.parse_args(spell_out(argv, ["--ranks", "--scales", "--point"]))
     if args.point:
         try:
             args.point = Point(int(args.point[0]), float(args.point[1]), args.form)
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         result = retain(args)
         if PartialState().is_main_process:
             report(result, args.output_dir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
