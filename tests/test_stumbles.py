@@ -26,6 +26,7 @@ from nspo2_trl.cli.threads import few_threads
 from nspo2_trl.cli.words import with_config
 from nspo2_trl.metrics import METRICS
 
+FEW_TEXTS = ["--nspo2_retain_samples", "8", "--nspo2_retain_project", "no"]
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
@@ -328,7 +329,7 @@ def test_files_that_cannot_be_used(tmp_path, capfd, name, text, message):
 def test_rows_of_a_stream_are_looked_at_as_they_come(tmp_path, capsys, text, message):
     (tmp_path / "a.jsonl").write_text(text)
     argv = command(tmp_path, "--dataset_name", str(tmp_path / "a.jsonl"), "--eval_strategy", "no")
-    argv += ["--dataset_streaming", "true"]
+    argv += ["--dataset_streaming", "true", *FEW_TEXTS]
     said = refused(capsys, argv).strip()
     assert message in said and said.startswith("error: ") and "\n" not in said
 
@@ -409,7 +410,7 @@ def test_what_was_trained_is_not_overwritten(tmp_path, capsys, there, kind):
 
 @pytest.mark.parametrize("options", ["", "--disable_tqdm false", "--log_level debug"])
 def test_lines_have_what_people_watch(tmp_path, capsys, options):
-    train.main(command(tmp_path, *options.split(), "--nspo2_update_freq", "1", "--eval_steps", "2", steps=2))
+    train.main(command(tmp_path, *options.split(), *FEW_TEXTS, "--eval_steps", "2", steps=2))
     set_verbosity_warning()
     shown = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'")]
     steps, evaluations = ([line for line in shown if name in line] for name in ("loss", "eval_loss"))
