@@ -158,14 +158,14 @@ def test_options_changed_later(make_trainer):
 class StepsInBackward(torch.optim.Optimizer):
     """As GaLore's layer-wise optimizers do: a hook steps and drops the gradient, `step` does nothing."""
 
-    def __init__(self, params, through_data):
+    def __init__(self, params, through_data, to_none):
         params = list(params)
         super().__init__(params, {"lr": 1e-3})
 
         def hook(p):
             with torch.no_grad():
                 (p.data if through_data else p).sub_(1e-3 * p.grad)
-            p.grad = None if through_data else torch.zeros_like(p.grad)
+            p.grad = None if to_none else torch.zeros_like(p.grad)
 
         for p in params:
             p.register_post_accumulate_grad_hook(hook)
@@ -174,15 +174,16 @@ class StepsInBackward(torch.optim.Optimizer):
         pass
 
 
-@pytest.mark.parametrize("through_data", [True, False])
-@pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["norm"]}])
-def test_an_optimizer_that_steps_in_backward_is_noticed_at_once(make_trainer, through_data, lora):
+@pytest.mark.parametrize("through_data, to_none", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("args", [{}, {"lora": {"modules_to_save": ["norm"]}, "nspo2_apply_to": "update"}])
+def test_an_optimizer_that_steps_in_backward_is_noticed_at_once(make_trainer, through_data, to_none, args):
     class Own(NSPO2DPOTrainer):
         def create_optimizer(self, *args):
-            self.optimizer = StepsInBackward((p for p in self.model.parameters() if p.requires_grad), through_data)
+            params = (p for p in self.model.parameters() if p.requires_grad)
+            self.optimizer = StepsInBackward(params, through_data, to_none)
             return self.optimizer
 
-    trainer = make_trainer(Own, lora=lora)
+    trainer = make_trainer(Own, **args)
     with pytest.raises(ValueError, match="^The optimizer steps inside the backward pass.*nspo2_enabled=False`.$"):
         trainer.train()
     assert not trainer.state.log_history

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ..projections.noise import NoiseProjection
 from ..projections.protocol import Projection
@@ -61,14 +60,10 @@ class MicroBatchMixin(_BaseTrainer):
     def _nspo2_watched(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batch's loss; raises `ValueError` where an optimizer steps in its backward pass."""
         self._nspo2_keep_up()
-        filtered = [place.param for stack in self.nspo2.stacks for place in stack.places]
-        versions = [p._version for p in filtered]
+        versions = self.nspo2_samples.versions()
         loss = super().training_step(*args, **kwargs)
-        # DeepSpeed steps in there too, and calls NSPO2 before; where FSDP2 shards, a gradient comes with the last one
-        if self.deepspeed is None and not isinstance(filtered[0], DTensor):
-            gone = self.nspo2_samples.touched and all(p.grad is None for p in filtered)
-            if gone or versions != [p._version for p in filtered]:
-                raise ValueError(STEPS_IN_BACKWARD.format(name="The optimizer"))
+        if self.nspo2_samples.stepped(versions):
+            raise ValueError(STEPS_IN_BACKWARD.format(name="The optimizer"))
         return loss
 
     def _nspo2_trained(self) -> list[torch.nn.Parameter]:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -57,7 +58,11 @@ class SampleCollector:
         self.slot = 0
         self.buffers: list[torch.Tensor] = []  # for each stack (slots, B, m, d)
         self.views: list[list[list[torch.Tensor]]] = []  # [stack][slot][place]
-        self.touched = self._sampled = False  # whether a gradient came in this step; whether it was kept
+        self._touched = self._sampled = False  # whether a gradient came in this step; whether it was kept
+        self._seen: torch.Tensor | int = 0  # entries that are not 0, until some are found in a parameter's `grad`
+        # DeepSpeed steps in the backward pass and calls NSPO2 before; of FSDP2's parameters the gradient comes last
+        self._sees = accelerator.distributed_type != DistributedType.DEEPSPEED and noise.stacks[0].moves is None
+        self._trusts = not self._sees
 
     def attach(self) -> None:
         self.detach()
@@ -91,11 +96,14 @@ class SampleCollector:
         for handle in self.handles:
             handle.remove()
         self.handles, self.buffers, self.views, self.slot = [], [], [], 0
-        self.touched = self._sampled = False
+        self._touched = self._sampled = False
+        self._seen, self._trusts = 0, not self._sees
 
     def _hook(self, stack: int, place: int) -> Callable[[torch.Tensor], None]:
         def keep(grad: torch.Tensor) -> None:
-            self.touched = True
+            self._touched = True
+            if not self._trusts:
+                self._seen = self._seen + grad.count_nonzero()
             if self.noise.learns:
                 self._sampled = True
                 with self.stopwatch:
@@ -110,9 +118,28 @@ class SampleCollector:
             self.buffers = [torch.cat([buffer, torch.zeros_like(buffer[:1])]) for buffer in self.buffers]
             self._view()
 
+    def versions(self) -> list[int]:
+        """Of the parameters in blocks: a change in place counts one up."""
+        return [place.param._version for stack in self.noise.stacks for place in stack.places]
+
+    def stepped(self, versions: list[int]) -> bool:
+        """Whether in the backward pass since then parameters were changed, or all of their gradient was taken away.
+
+        What has to be read from the device for that is read until a gradient was there once.
+        """
+        if not self._sees:
+            return False
+        grads = [place.param.grad for stack in self.noise.stacks for place in stack.places]
+        there = [grad for grad in grads if grad is not None]
+        lost = self._touched and not there
+        if there and not self._trusts and self._seen > 0:
+            self._trusts = any(grad.is_sparse or bool(grad.any()) for grad in there)
+            lost = not self._trusts
+        return lost or versions != self.versions()
+
     def check(self) -> None:
         """Raise `RuntimeError` where no backward pass reached the blocks since the last step."""
-        if not self.touched:
+        if not self._touched:
             raise RuntimeError(
                 "No gradient reached the LoRA adapters in this step: the loss does not depend on them. Check that the "
                 "adapter that is trained is the active one."
@@ -168,7 +195,7 @@ class SampleCollector:
         if self._sampled:
             for buffer in self.buffers:
                 buffer[: self.slot + 1].zero_()
-        self.slot, self.touched, self._sampled = 0, False, False
+        self.slot, self._touched, self._sampled = 0, False, False
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
