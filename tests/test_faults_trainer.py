@@ -332,7 +332,7 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 0.25}
 def test_a_finished_run_stays_as_it_is(saved, caplog, args):
     done, make = saved
     rest = make(**args)
-    for checkpoint in (True, f"{done.args.output_dir}/checkpoint-4"):
+    for checkpoint in (True, Path(f"{done.args.output_dir}/checkpoint-4")):
         result = rest.train(resume_from_checkpoint=checkpoint)
         assert result.global_step == 4 and re.search("finished, at step 4 of [34]", caplog.text)
     assert rest.nspo2_retain_projected == ("trainer" in args)

@@ -59,7 +59,7 @@ class SampleCollector:
         self.buffers: list[torch.Tensor] = []  # for each stack (slots, B, m, d)
         self.views: list[list[list[torch.Tensor]]] = []  # [stack][slot][place]
         self._touched = self._sampled = False  # whether a gradient came in this step; whether it was kept
-        self._seen: torch.Tensor | int = 0  # entries that are not 0, until some are found in a parameter's `grad`
+        self._seen: list[torch.Tensor] = []  # whether each had other entries than 0, until a parameter's `grad` has
         # DeepSpeed steps in the backward pass and calls NSPO2 before; of FSDP2's parameters the gradient comes last
         self._sees = accelerator.distributed_type != DistributedType.DEEPSPEED and noise.stacks[0].moves is None
         self._trusts = not self._sees
@@ -97,13 +97,13 @@ class SampleCollector:
             handle.remove()
         self.handles, self.buffers, self.views, self.slot = [], [], [], 0
         self._touched = self._sampled = False
-        self._seen, self._trusts = 0, not self._sees
+        self._seen, self._trusts = [], not self._sees
 
     def _hook(self, stack: int, place: int) -> Callable[[torch.Tensor], None]:
         def keep(grad: torch.Tensor) -> None:
             self._touched = True
             if not self._trusts:
-                self._seen = self._seen + grad.count_nonzero()
+                self._seen.append(grad.any())
             if self.noise.learns:
                 self._sampled = True
                 with self.stopwatch:
@@ -132,9 +132,10 @@ class SampleCollector:
         grads = [place.param.grad for stack in self.noise.stacks for place in stack.places]
         there = [grad for grad in grads if grad is not None]
         lost = self._touched and not there
-        if there and not self._trusts and self._seen > 0:
-            self._trusts = any(grad.is_sparse or bool(grad.any()) for grad in there)
-            lost = not self._trusts
+        if there and any(self._seen):
+            lost = not any(grad.is_sparse or grad.any() for grad in there)
+            self._trusts = not lost
+        self._seen = []
         return lost or versions != self.versions()
 
     def check(self) -> None:

@@ -42,7 +42,7 @@ class SavingMixin(_BaseTrainer):
             resume_from_checkpoint = found or True
         elif resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
             refuse_half(resume_from_checkpoint)
-        if isinstance(resume_from_checkpoint, str) and os.path.isdir(resume_from_checkpoint):
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and os.path.isdir(resume_from_checkpoint):
             refuse_other_adapter(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
             told = differences(resume_from_checkpoint, self)
             if told and self.is_world_process_zero():
