@@ -49,6 +49,7 @@ NAMES = {
     "accelerate.ParallelismConfig": "tp_enabled cp_enabled sp_enabled",
     "accelerate.utils.FullyShardedDataParallelPlugin": "cpu_offload",
     "accelerate.utils.DistributedType": "NO MULTI_GPU MULTI_CPU FSDP DEEPSPEED",
+    "datasets.Dataset": "_indices",
     "torch": "_foreach_copy_",
     "torch.Tensor": "_version",
     "torch.distributed.tensor.DTensor": "to_local device_mesh placements",
