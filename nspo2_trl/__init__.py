@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .training.dpo import NSPO2DPOTrainer
     from .training.options import NSPO2DPOConfig
     from .training.retain import retain_adapter
+    from .training.summary import noise_summary
     from .training.trainers import (
         NSPO2GRPOConfig,
         NSPO2GRPOTrainer,
@@ -30,6 +31,7 @@ _NEEDS_TRL = {
     "NSPO2DPOConfig": "training.options",
     "NSPO2DPOTrainer": "training.dpo",
     "attach_nspo2": "training.attach",
+    "noise_summary": "training.summary",
     "retain_adapter": "training.retain",
     **{f"NSPO2{kind}Config": "training.trainers" for kind in ("GRPO", "KTO", "Reward", "SFT")},
     **{f"NSPO2{kind}Trainer": "training.trainers" for kind in ("GRPO", "KTO", "Reward", "SFT")},
@@ -52,6 +54,7 @@ __all__ = [
     "attach_nspo2",
     "create_nspo2_optimizer",
     "get_default_config",
+    "noise_summary",
     "retain_adapter",
 ]
 

@@ -211,9 +211,9 @@ def test_commands_parse(page, monkeypatch):
         words = [QUICK_START if word == "RECIPE" else word for word in words]
         if "scripts/train.py" in words:
             argv = words[words.index("scripts/train.py") + 1 :]
-        elif words[:2] == ["nspo2", "train"]:
+        elif words[:2] in (["nspo2", "train"], ["nspo2", "measure"]):
             argv = words[2:]
-            for option in ("--num_processes", "--accelerate_config"):
+            for option in ("--num_processes", "--accelerate_config", "--steps"):
                 if option in argv:
                     del argv[argv.index(option) : argv.index(option) + 2]
         else:

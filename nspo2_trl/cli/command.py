@@ -1,4 +1,4 @@
-"""The command `nspo2`: train, retain, report, env."""
+"""The command `nspo2`: train, measure, retain, report, env."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .words import nearest, with_config
 HELP = """usage: nspo2 COMMAND [options]
 
   nspo2 train RECIPE.yaml            train a LoRA adapter with DPO and NSPO2
+  nspo2 measure RECIPE.yaml          which batch pays, and which modules learn; nothing is changed or saved
   nspo2 retain ADAPTER ...           project an adapter off what texts use that the model should go on knowing
   nspo2 report OUT [OUT2 ...]        one HTML page of plots of one run, or of several runs together
   nspo2 env                          versions, devices, what is supported here; paste it into a bug report
@@ -86,6 +87,12 @@ def train(argv: list[str]) -> None:
     os.execve(sys.executable, command, environment)  # the launcher in this one's place, so that signals reach it
 
 
+def measure(argv: list[str]) -> None:
+    from .measure import main as measure_here
+
+    measure_here(argv)
+
+
 def retain(argv: list[str]) -> None:
     from .retain import main as retain_here
 
@@ -154,4 +161,4 @@ def env(argv: list[str]) -> None:
         print(f"  {name:<22} {os.environ.get(name, '-')}")
 
 
-COMMANDS = {"train": train, "retain": retain, "report": report, "env": env}
+COMMANDS = {"train": train, "measure": measure, "retain": retain, "report": report, "env": env}

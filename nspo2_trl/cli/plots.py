@@ -159,6 +159,38 @@ def draw_spectrum(runs: Sequence[Run]) -> str | None:
     return _svg(lambda axis: spectrum_on(axis, runs), label, "spectrum") if found else None
 
 
+def draw_noise(found: dict) -> str:
+    """The SVGs of what `nspo2 measure` found: the noise scale over the run, and the modules' shares."""
+
+    def over_time(axis: Any) -> None:
+        parts = [(i + 0.5, part) for i, part in enumerate(found["parts"]) if part and part["value"]]
+        where = [100 * x / len(found["parts"]) for x, _ in parts]
+        errors = [part["error"] for _, part in parts]
+        axis.set(xlabel="% of the steps", ylabel=found["unit"], xlim=(0, 100))
+        axis.errorbar(where, [part["value"] for _, part in parts], errors, color=_color(0), marker="o", capsize=3)
+        axis.axhline(found["batch"], color=_color(1), linestyle="--")
+        axis.grid(True)
+        _log_axis(axis)
+
+    def shares(axis: Any) -> None:
+        x = range(1, len(found["modules"]) + 1)
+        signal, noise = ([entry[name] for entry in found["modules"]] for name in ("signal", "noise"))
+        errors = [entry["signal_error"] for entry in found["modules"]]
+        axis.errorbar(x, signal, errors, color=_color(0), marker="o", markersize=3, linestyle="", capsize=2)
+        axis.plot(x, noise, color=_color(1), marker="x", markersize=4, linestyle="")
+        axis.set(xlabel="module, most signal first", ylabel="share")
+        _ticks(axis, whole=True)
+
+    drawn = [("parts", "Noise scale over the run", over_time, "Bars: one standard error. Dashed: the batch now.")]
+    if found["modules"]:
+        drawn.append(("modules", "Shares of the modules", shares, "Points: signal. Crosses: noise."))
+    figures = (
+        f'<figure id="noise-{key}"><h3>{title}</h3>{_svg(part, title, key)}<figcaption>{words}</figcaption></figure>'
+        for key, title, part, words in drawn
+    )
+    return f'<div class="panels">{"".join(figures)}</div>'
+
+
 def swatch(index: int) -> str:
     """A short piece of a run's line, for the legend."""
 

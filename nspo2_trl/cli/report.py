@@ -2,9 +2,9 @@
 
     nspo2 report OUT [OUT2 ...] [-o PAGE.html] [--names NAME ...]
 
-OUT is a run's output_dir, a trainer_state.json, or the output_dir of `nspo2 retain`. Plots are drawn from the log in
-trainer_state.json, the spectrum of the noise from the nspo2_state.pt of its checkpoints. Several runs are drawn over
-each other.
+OUT is a run's output_dir, a trainer_state.json, or the output_dir of `nspo2 retain` or `nspo2 measure`. Plots of a run
+are drawn from the log in trainer_state.json, the spectrum of the noise from the nspo2_state.pt of its checkpoints.
+Several runs are drawn over each other.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from .frontier import section
+from . import frontier, noise
 from .panels import PANELS
 from .runs import Run, has_run, labels, read, unit_of
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 OWN = '<meta name="generator" content="nspo2 report">'  # in the template
+OTHERS = {"retain.json": frontier.section, noise.NOISE: noise.section}  # what other commands write
 RUNS = Template("""$table
 <p>Loss, accuracy and margins are those of the held-out pairs in the last evaluation; noise removed and NSPO2's share
 of a step's time are means over the log. Times of runs on a machine that did other things too do not compare.</p>
@@ -33,8 +34,8 @@ Bands are one standard error to each side.</p>
 $filtering""")
 
 
-def write_page(runs: Sequence[Run], path: Path, title: str = "", retained: Mapping[str, Path] | None = None) -> None:
-    """Draw `runs` into one page, and the frontiers of `retained`, folders that `nspo2 retain` wrote, by their names.
+def write_page(runs: Sequence[Run], path: Path, title: str = "", sections: Sequence[tuple[str, str]] = ()) -> None:
+    """Draw `runs` into one page, and `sections` of other commands, each a name and its HTML.
 
     The `title` names them if left out.
 
@@ -75,11 +76,13 @@ def write_page(runs: Sequence[Run], path: Path, title: str = "", retained: Mappi
     )
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title or "NSPO2 report: " + ", ".join([run.name for run in runs] or retained or [])),
+        title=html.escape(
+            title or "NSPO2 report: " + ", ".join([run.name for run in runs] or [name for name, _ in sections])
+        ),
         light=" ".join(f"--run-{i}: {light};" for i, (light, _) in enumerate(plots.COLORS)),
         dark=" ".join(f"--run-{i}: {dark};" for i, (_, dark) in enumerate(plots.COLORS)),
         runs=drawn if runs else "",
-        retained="\n".join(section(name, folder) for name, folder in (retained or {}).items()),
+        retained="\n".join(part for _, part in sections),
         notes=f"<h2>Notes</h2>\n<ul>{listed}</ul>" if notes else "",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +135,15 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"`--names` must be {len(args.runs)} different names, one for each run.")
         refuse_to_overwrite(page)
         names = args.names or labels(args.runs)
-        retained = {name: path for name, path in zip(names, args.runs) if (path / "retain.json").is_file()}
-        runs = [(path, name) for path, name in zip(args.runs, names) if has_run(path) or name not in retained]
-        write_page([read(path, name, i) for i, (path, name) in enumerate(runs)], page, retained=retained)
+        sections = [
+            (name, section(name, path))
+            for name, path in zip(names, args.runs)
+            for file, section in OTHERS.items()
+            if (path / file).is_file()
+        ]
+        others = [name for name, _ in sections]
+        runs = [(path, name) for path, name in zip(args.runs, names) if has_run(path) or name not in others]
+        write_page([read(path, name, i) for i, (path, name) in enumerate(runs)], page, sections=sections)
     except ImportError:
         sys.exit('error: the plots need matplotlib: pip install -e ".[plot]"')
     except (ValueError, OSError) as error:

@@ -35,8 +35,8 @@ class NSPO2(NoiseFilter):
         A gradient with NaN or Inf in it comes back as it is; its step teaches nothing and is counted.
         """
         known = self.config.dim or (self._hooked or [grad])[0].numel()
-        if self.cov is not None:
-            known = self.reference.numel()
+        if self.gauge is not None:
+            known = self.gauge.reference.numel()
         if grad.numel() != known:
             raise ValueError(
                 f"`dim` is {known}, but the gradient has {grad.numel()} entries: set `dim` to that or leave it out, "
@@ -62,10 +62,10 @@ class NSPO2(NoiseFilter):
             self.step(stacked, None)
         else:
             self.skipped_steps += 1
-        due = self.cov is not None and self.step_count % self.config.update_freq == 0
+        due = self.gauge is not None and self.step_count % self.config.update_freq == 0
         if metrics or due:
             seen = {**(figures([self]) if due else {}), **(metrics or {})}
-            if self.sentinel.check(seen, self.step_count) and self.cov is not None:
+            if self.sentinel.check(seen, self.step_count) and self.gauge is not None:
                 self.sums.forget_filter()
 
     def set_active(self, active: bool) -> None:

@@ -15,10 +15,11 @@ import torch
 from ..config import NSPO2Config
 from .covariance import CovEstimator, mixture, noise_rows
 from .eigensolvers import EigSolver, Spread, Total, alone, same
+from .gauge import Gauge
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
 from .shards import Shards
-from .signal_to_noise import SignalEstimate
+from .signal_to_noise import SignalRemoved
 from .significance import noise_edge, significant_rank
 from .state import load_tensors
 from .strategies import Choice
@@ -26,7 +27,7 @@ from .sums import FilterSums, summarize
 
 
 class NoiseFilter:
-    """The parts of NSPO2 put together for B blocks of the same shape.
+    """The parts of NSPO2 put together for B blocks of the same shape. With `projection_rank` 0 it only measures.
 
     Args:
         config: [`NSPO2Config`] or a mapping with its fields, which are checked.
@@ -56,9 +57,9 @@ class NoiseFilter:
         self.sentinel = self._shared_sentinel or BiasSentinel.of(self.config)
         self.active = True
         self.progress = 0.0  # share of training done, for `anneal`
-        self.step_count = self.skipped_steps = self.learned_at = 0
+        self.step_count = self.skipped_steps = 0
         self.samples = 1  # micro-batches of the newest step that was learned from
-        self.reference_weight = 0.0  # of all gradients in the running mean, which grows from 0
+        self.gauge: Gauge | None = None  # both made at the first step that is learned from
         self.cov: CovEstimator | None = None
 
     def step(self, samples: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
@@ -73,12 +74,15 @@ class NoiseFilter:
             (B, m, d) the filtered gradient; `grad` itself while nothing is projected.
         """
         self.step_count += 1
-        cov = self.cov
-        if cov is None:
+        if self.gauge is None:
             if samples is None:
                 return grad
-            cov = self._allocate(samples[0], len(samples))
-            cov.step = self.step_count - 1  # steps before, that were not learned from
+            self._allocate(samples[0], len(samples))
+        gauge, cov = self.gauge, self.cov
+        if cov is None:
+            if samples is not None and gauge is not None:
+                gauge.measure(samples, self.step_count)
+            return grad
         self.sums.decay(self.sums_decay)
         head = self.head() if self.is_active else None
         result = grad if head is None or grad is None else head.apply(grad)
@@ -90,22 +94,31 @@ class NoiseFilter:
             self._solve()
         return result
 
-    def _allocate(self, like: torch.Tensor, n: int) -> CovEstimator:
+    def _allocate(self, like: torch.Tensor, n: int) -> None:
+        """Room for blocks `like` (B, m, d), of which a step has n samples."""
         config, (blocks, vectors, width) = self.config, like.shape
         kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        stored = torch.bfloat16 if config.basis_dtype == "bfloat16" else like.dtype
+        self.sums = FilterSums(like.device)
+        self.gauge = Gauge(like, config.cov_momentum, stored, self.total)
+        if config.projection_rank == 0:
+            return
         dim = self.shards.dim if self.shards else width
         solver = EigSolver(config.eigensolver, config.epsilon, config.seed, self.total, self.spread)
-        stored = torch.bfloat16 if config.basis_dtype == "bfloat16" else None
         options: dict[str, Any] = {"samples": n, "vectors": vectors, "share": self.share, "width": width, **kind}
         rank, every, decay = config.max_rank, config.update_freq, config.cov_momentum
-        self.cov = cov = CovEstimator(blocks, dim, rank, every, decay, solver, stored=stored, **options)
-        self.reference = torch.zeros(blocks, vectors, width, **kind)  # running mean of raw gradients
+        self.cov = CovEstimator(blocks, dim, rank, every, decay, solver, stored=stored, **options)
+        self.cov.step = self.step_count - 1  # steps before, that were not learned from
         self.previous: torch.Tensor | None = None  # the last step's gradient, where that had one sample
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
-        directions = min(config.projection_rank + 1, cov.rank)
-        self.signal = SignalEstimate(blocks, vectors, directions, **kind)
-        self.sums = FilterSums(like.device)
-        return cov
+        directions = min(config.projection_rank + 1, self.cov.rank)
+        self.removed = SignalRemoved(blocks, vectors, directions, **kind)
+
+    @property
+    def reference(self) -> torch.Tensor:
+        """(B, m, d) the running mean of raw gradients, in at least float32."""
+        assert self.gauge is not None
+        return self.gauge.reference.to(self.gauge.spans.dtype)
 
     @property
     def is_active(self) -> bool:
@@ -128,29 +141,24 @@ class NoiseFilter:
 
     def head(self) -> ProjectionHead:
         """The filter that the present state gives; also counts bias, α and rank of it."""
-        assert self.cov is not None  # as long as nothing was learned there is no filter
-        config = self.config
+        assert self.cov is not None and self.gauge is not None  # while nothing was learned there is no filter
+        config, mean = self.config, self.reference
         width = min(config.projection_rank + 1, self.cov.rank)
-        basis = self.cov.basis[:, :width].to(self.reference.dtype)
-        reference = self.total(coordinates(self.reference, basis))
+        basis = self.cov.basis[:, :width].to(mean.dtype)
+        reference = self.total(coordinates(mean, basis))
         rank = self.rank.clamp(max=self.rank_limit)
         floor = min(config.min_rank, self.rank_limit)
         choice = Choice(self.sentinel.strategy, self.strength, config.trust_radius, config.target_bias, floor)
-        head, did = choice.head(basis, rank, reference, self._energy(self.reference), self.total)
+        head, did = choice.head(basis, rank, reference, self.gauge.energy(mean), self.total)
         self.sums.add_filter(*did)
         return head
 
-    def _energy(self, part: torch.Tensor) -> torch.Tensor:
-        """(B,) Σ of the squares of `part` (B, …), over all columns."""
-        return self.total(torch.linalg.vector_norm(part.flatten(1), dim=1).square())
-
     def _learn(self, head: ProjectionHead | None, samples: torch.Tensor) -> None:
         """Score the noise rows of `samples` (n, B, m, d) with the filter that was in force, then learn from them."""
-        assert self.cov is not None
+        assert self.cov is not None and self.gauge is not None
         n, vectors = len(samples), samples.shape[2]
         self.samples = n
         mean = samples[0] if n == 1 else samples.mean(0)
-        passed, self.learned_at = self.step_count - self.learned_at, self.step_count
         energy = None
         if n > 1 or self.previous is not None:
             each = self.cov.rows_a_sample(n, vectors)
@@ -162,32 +170,25 @@ class NoiseFilter:
             if each < vectors:
                 torch.matmul(mixture(each, vectors, self.config.seed + self.step_count).to(rows), rows, out=kept)
             self.cov.commit(slot, energy, independent=max(1, n - 1))
-        product = self.total((mean.flatten(1)[:, None] @ self.reference.flatten(1)[:, :, None])[:, 0, 0])
-        self.signal.add_step(product, energy, self.reference_weight)
-        beta = self.config.cov_momentum**passed
-        self.reference_weight = beta * self.reference_weight + 1 - beta
-        self.reference.mul_(beta).add_(mean, alpha=1 - beta)
+        self.gauge.add(mean, energy, self.step_count)
         self.previous = mean.clone() if n == 1 else None
 
     def _score(self, head: ProjectionHead | None, rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         """Noise energy (B,) of the step; adds it, and what the filter takes of it and of the signal, to the sums."""
-        energy = self._energy(rows)
+        assert self.gauge is not None
+        energy = self.gauge.energy(rows)
         if head is not None:
             inside = head.coordinates(rows)
             removed = head.removed_share * torch.linalg.vector_norm(head.restrict(inside), dim=(1, 2, 3)).square()
             self.sums.add_noise(energy, removed)
-            self.signal.add_projected(head, mean, inside, single=rows.shape[1] == 1)
+            self.removed.add_projected(head, mean, inside, single=rows.shape[1] == 1)
         return energy
 
     def _solve(self) -> None:
         """Merge what was learned into the basis, and find how much of it is significant."""
         assert self.cov is not None
         config, single = self.config, self.samples == 1
-        self.signal.close_window()
-        if config.projection_rank == 0:  # only measures
-            self.cov.row_steps.clear()
-            self.cov.solved = self.cov.step
-            return
+        self.removed.close_window()
         self.cov.solve(hold_last=self.cov.row_steps.count(self.cov.step) if single else 0)
         limit = min(config.projection_rank, self.cov.dim // 2)
         # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
@@ -197,19 +198,20 @@ class NoiseFilter:
         edge = noise_edge(self.cov.dim, limit, learned, config.cov_momentum, overlapping=single)
         self.rank = significant_rank(self.cov.values, self.cov.trace, edge).clamp(min=min(config.min_rank, limit))
 
-    _TENSORS = ("reference", "rank")
-    _NUMBERS = ("step_count", "learned_at", "samples", "reference_weight", "skipped_steps", "progress", "active")
+    _NUMBERS = ("step_count", "samples", "skipped_steps", "progress", "active")
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it."""
         state: dict[str, Any] = {} if self._shared_sentinel else {"sentinel": self.sentinel.state_dict()}
         state |= {name: getattr(self, name) for name in self._NUMBERS}
+        if self.gauge is None:
+            return state
+        state |= {"gauge": self.gauge.state_dict(), "sums": self.sums.tensor.clone()}
         if self.cov is None:
             return state
-        state |= {name: getattr(self, name).clone() for name in self._TENSORS} | {"sums": self.sums.tensor.clone()}
         if self.previous is not None:
             state["previous"] = self.previous.clone()
-        return state | {name: getattr(self, name).state_dict() for name in ("cov", "signal")}
+        return state | {"rank": self.rank.clone(), "cov": self.cov.state_dict(), "removed": self.removed.state_dict()}
 
     def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
         """Bring back what `state_dict` gave, on `device` or where it lies: the next step is as if nothing had been.
@@ -222,17 +224,27 @@ class NoiseFilter:
             self.sentinel.load_state_dict(state["sentinel"])
         for name in self._NUMBERS:
             setattr(self, name, state[name])
-        if "cov" not in state:
+        if "gauge" not in state:
             return
-        cov = self._allocate(state["reference"].to(device or state["reference"].device), n=1)
-        cov.load_state_dict(state["cov"])
-        self.signal.load_state_dict(state["signal"])
-        load_tensors(self, self._TENSORS, state)
+        saved = state["gauge"]
+        self._allocate(saved["reference"].to(device or saved["reference"].device, saved["spans"].dtype), n=1)
+        assert self.gauge is not None
+        self.gauge.load_state_dict(saved)
         load_tensors(self.sums, ["tensor"], {"tensor": state["sums"]})
-        self.previous = state["previous"].to(self.reference, copy=True) if "previous" in state else None
+        if (self.cov is None) != ("cov" not in state):
+            raise ValueError("`projection_rank` is 0 in one of both runs and not in the other")
+        if self.cov is None:
+            return
+        self.cov.load_state_dict(state["cov"])
+        self.removed.load_state_dict(state["removed"])
+        load_tensors(self, ["rank"], state)
+        self.previous = state["previous"].to(self.rank.device, copy=True) if "previous" in state else None
 
 
 def figures(filters: Sequence[NoiseFilter], batch_size: float = 1.0) -> dict[str, float]:
     """What `filters` of one model measured, pooled, see [`summarize`]; waits for the device."""
-    known = all(part.cov is not None for part in filters)  # else nothing was learned yet
-    return summarize([p.sums for p in filters], [p.signal for p in filters], batch_size) if known else {}
+    gauges = [part.gauge for part in filters if part.gauge is not None]
+    if len(gauges) < len(filters):
+        return {}  # nothing was learned yet
+    removals = [part.removed for part in filters if part.cov is not None]
+    return summarize([part.sums for part in filters], gauges, removals, batch_size)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .signal_to_noise import SignalEstimate, pool
+from .gauge import Gauge
+from .signal_to_noise import SignalRemoved, pool
 
 
 class FilterSums:
@@ -40,7 +41,10 @@ class FilterSums:
 
 
 def summarize(
-    sums: Sequence[FilterSums], signals: Sequence[SignalEstimate], batch_size: float = 1.0
+    sums: Sequence[FilterSums],
+    gauges: Sequence[Gauge],
+    removals: Sequence[SignalRemoved],
+    batch_size: float = 1.0,
 ) -> dict[str, float]:
     """Pool what the filters of one model kept; one transfer from the device.
 
@@ -64,7 +68,7 @@ def summarize(
         norms = (raw * filtered) ** 0.5
         found["bias"] = max(0.0, 1 - dot / norms) if norms > 0 else 0.0
         found["alpha"], found["rank"] = alpha / count, rank / count
-    return found | pool(signals, batch_size)
+    return found | pool(gauges, removals, batch_size)
 
 
 def spectrum(values: Sequence[torch.Tensor], traces: Sequence[torch.Tensor]) -> list[float]:

@@ -109,6 +109,22 @@ class Stack:
         if self.update:
             self.before = torch.zeros_like(self.grad)
 
+    def release(self) -> None:
+        """Give the buffers' memory back until the next step: they hold nothing that outlives one."""
+        for buffer in self._buffers():
+            buffer.untyped_storage().resize_(0)
+
+    def _hold(self) -> None:
+        """Have the buffers' memory, at the same place in every view; what stands there is to be written anew."""
+        for buffer in self._buffers():
+            if buffer.untyped_storage().nbytes() == 0:
+                buffer.untyped_storage().resize_(buffer.nbytes)
+                if self.moves:
+                    buffer.zero_()  # nothing moves into the columns that are padding
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [vars(self)[name] for name in ("full", "grad", "before") if name in vars(self)]
+
     def buffer(self, *lead: int, width: int | None = None) -> torch.Tensor:
         """Zeros (*lead, B, m, d) in at least float32: the maths is never done in half precision."""
         dtype = torch.promote_types(common_dtype(place.param for place in self.places), torch.float32)
@@ -124,6 +140,7 @@ class Stack:
 
         Sparse gradients are not read: they stay as they are.
         """
+        self._hold()
         grads = [place.param.grad for place in self.places]
         there = {i: real(grad) for i, grad in enumerate(grads) if grad is not None and not grad.is_sparse}
         self.there = list(there)

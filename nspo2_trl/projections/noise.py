@@ -24,6 +24,8 @@ from .protocol import Step
 
 logger = logging.getLogger(__name__)
 
+PARTS = ("gauge", "cov", "removed", "sums")  # of a filter, that hold tensors
+
 
 class NoiseProjection:
     """All blocks of a model, stacked by shape and device, and the [`NoiseFilter`] of each stack.
@@ -147,6 +149,8 @@ class NoiseProjection:
                 stack.grad.sub_(stack.before)
             self._filter(Stack.write_params)
         self._samples = []
+        for stack in self.stacks:
+            stack.release()
 
     def end(self) -> None:
         """What was filtered is in the parameters."""
@@ -177,7 +181,7 @@ class NoiseProjection:
         """Let the sentinel see figures, and the filter obey it."""
         if self.sentinel.check(metrics, self.filters[0].step_count):
             for part in self.filters:
-                if part.cov is not None:
+                if part.gauge is not None:
                     part.sums.forget_filter()
 
     def metrics(self, batch_size: float = 1.0) -> dict[str, float]:
@@ -192,7 +196,7 @@ class NoiseProjection:
         if not self.recent:
             self._norms.zero_()
             for part in self.filters:
-                if part.cov is not None:
+                if part.gauge is not None:
                     part.sums.reset()
         return found
 
@@ -203,9 +207,9 @@ class NoiseProjection:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that NSPO2 holds on top of plain training, without the samples of a step."""
-        owners = [*self.filters, *(part.cov or part for part in self.filters), *self.stacks]
-        tensors = [value for owner in owners for value in vars(owner).values() if isinstance(value, torch.Tensor)]
+        """Bytes that NSPO2 holds between steps on top of plain training, without the samples of a step."""
+        owners = [*self.filters, *self.stacks, *(vars(part).get(name) for part in self.filters for name in PARTS)]
+        tensors = [value for owner in owners if owner for value in vars(owner).values() if torch.is_tensor(value)]
         return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def state_dict(self, keep: bool = True) -> dict:
@@ -243,5 +247,8 @@ class NoiseProjection:
 
 def _map_columns(state: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
     """`state` of a [`NoiseFilter`] with `change` done to every tensor whose last dimension are a block's columns."""
-    state = state | {name: change(state[name]) for name in ("reference", "previous") if name in state}
-    return state | ({"cov": state["cov"] | {"stack": change(state["cov"]["stack"])}} if "cov" in state else {})
+    state = state | ({"previous": change(state["previous"])} if "previous" in state else {})
+    for part, name in (("gauge", "reference"), ("cov", "stack")):
+        if part in state:
+            state = state | {part: state[part] | {name: change(state[part][name])}}
+    return state
