@@ -1,8 +1,8 @@
-"""Bringing saved tensors back, with a refusal that names the one that does not fit."""
+"""Saved tensors: bringing them back with a refusal that names the one that does not fit, and changing them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,3 +26,12 @@ def in_dtype(state: Any, old: torch.dtype, new: torch.dtype) -> Any:
     if isinstance(state, dict):
         return {name: in_dtype(value, old, new) for name, value in state.items()}
     return state.to(new) if isinstance(state, torch.Tensor) and state.dtype == old else state
+
+
+def map_columns(state: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
+    """`state` of a [`NoiseFilter`] with `change` done to every tensor whose last dimension are a block's columns."""
+    state = state | ({"previous": change(state["previous"])} if "previous" in state else {})
+    for part, name in (("gauge", "reference"), ("cov", "stack")):
+        if part in state:
+            state = state | {part: state[part] | {name: change(state[part][name])}}
+    return state

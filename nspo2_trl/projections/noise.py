@@ -15,7 +15,7 @@ from ..engine.eigensolvers import Total, check_exact
 from ..engine.filter import NoiseFilter, figures
 from ..engine.finite import all_finite
 from ..engine.sentinel import BiasSentinel
-from ..engine.state import in_dtype
+from ..engine.state import in_dtype, map_columns
 from ..engine.sums import spectrum
 from ..layout.blocks import Block, units
 from ..layout.stacks import Stack, stacked
@@ -221,7 +221,7 @@ class NoiseProjection:
         for i, (stack, part) in enumerate(zip(self.stacks, self.filters)):
             states[str(i)] = part.state_dict()
             if stack.shards:
-                states[str(i)] = _map_columns(states[str(i)], partial(stack.shards.whole, keep=keep))
+                states[str(i)] = map_columns(states[str(i)], partial(stack.shards.whole, keep=keep))
         return {
             "groups": states,  # as version 0.2 called them
             "blocks": self._names(),
@@ -239,16 +239,7 @@ class NoiseProjection:
         if list(state["blocks"].items()) != list(self._names().items()):
             raise ValueError(f"it was saved for {len(state['blocks'])} blocks, which are not the ones of this run")
         for stack, part, saved in zip(self.stacks, self.filters, state["groups"].values()):
-            part.load_state_dict(_map_columns(saved, stack.shards.cut) if stack.shards else saved, stack.device)
+            part.load_state_dict(map_columns(saved, stack.shards.cut) if stack.shards else saved, stack.device)
         self.sentinel.load_state_dict(state["sentinel"])
         self.skipped_steps, self.largest = state["skipped_steps"], state.get("largest", 0.0)
         self._norms = state["norms"].to(self._norms, copy=True)
-
-
-def _map_columns(state: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
-    """`state` of a [`NoiseFilter`] with `change` done to every tensor whose last dimension are a block's columns."""
-    state = state | ({"previous": change(state["previous"])} if "previous" in state else {})
-    for part, name in (("gauge", "reference"), ("cov", "stack")):
-        if part in state:
-            state = state | {part: state[part] | {name: change(state[part][name])}}
-    return state
