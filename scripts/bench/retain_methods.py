@@ -79,8 +79,8 @@ METHODS = {
     "sft0.2": sft(0.2),
     "sft1": sft(1.0),
     "corda": Method("CorDA, knowledge preserved", given=True, corda=True),
-    "during": Method("in the null space of 12 directions during training", DURING, given=True),
-    "frozen-a": Method("the same, A as it starts", DURING, given=True, frozen_a=True),
+    "during": Method("in the null space during training", DURING, given=True),
+    "frozen-a": Method("in the null space, A as it starts", DURING, given=True, frozen_a=True),
 }
 PROJECTED = ("plain", "kl0.5", "kl2", "kl8")  # whose adapters are projected after training
 
