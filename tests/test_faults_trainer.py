@@ -12,7 +12,14 @@ from test_trainers import make, ours
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOTrainer
 
-from nspo2_trl import NSPO2DPOTrainer, NSPO2KTOConfig, NSPO2KTOTrainer, attach_nspo2, create_nspo2_optimizer
+from nspo2_trl import (
+    NSPO2DPOTrainer,
+    NSPO2KTOConfig,
+    NSPO2KTOTrainer,
+    attach_nspo2,
+    create_nspo2_optimizer,
+    noise_summary,
+)
 from nspo2_trl.cli import runs
 from nspo2_trl.cli.train import main
 from nspo2_trl.training.mixin import NSPO2Mixin
@@ -51,6 +58,7 @@ def test_the_batch_that_ran_is_logged(make_trainer, pairs, enabled, monkeypatch)
     assert trainer.calls == 6 + 6 and figures(trainer, "batch_size") == [6, 6, 6]  # 3 pairs, 2 micro-batches
     if enabled:
         assert trainer.nspo2.filters[0].step_count == 3  # what the larger batch taught is of another noise
+        assert noise_summary(trainer)["batch"] == 6
     few = make_trainer(trainer={"train_dataset": pairs.select(range(7))}, max_steps=4, nspo2_enabled=enabled)
     few.args.per_device_train_batch_size = 64  # Trainer took it when it was made
     few.train()

@@ -38,9 +38,12 @@ def noise_summary(trainer: Trainer) -> dict[str, Any]:
         unit = "pairs"
     elif isinstance(trainer, GRPOTrainer):
         unit = "completions"
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    times = [entry["nspo2/step_time"] for entry in trainer.state.log_history if "nspo2/step_time" in entry]
-    return summarize_run(noise, batch, unit, trainer.state.global_step, statistics.median(times) if times else None)
+    logs = [entry for entry in trainer.state.log_history if "nspo2/step_time" in entry]
+    batch, seconds = args.train_batch_size * args.gradient_accumulation_steps * args.world_size, None
+    if logs:  # of what ran, which may be another batch than the arguments say
+        batch = statistics.median(entry["nspo2/batch_size"] for entry in logs)
+        seconds = statistics.median(entry["nspo2/step_time"] for entry in logs)
+    return summarize_run(noise, round(batch), unit, trainer.state.global_step, seconds)
 
 
 def summarize_run(noise: NoiseProjection, batch: int, unit: str, steps: int, step_time: float | None) -> dict:
