@@ -100,7 +100,7 @@ def test_random_directions_are_as_many_and_others():
     assert not torch.allclose(first.vectors, second.vectors)
     assert torch.equal(retain.random_spaces([own], seed=5)[0].vectors, first.vectors)
     other = InputSpace(["c"], torch.eye(20)[:, 4:8], torch.ones(4), torch.ones(4))
-    shifted = retain.shifted_spaces([own, other], 0)
+    shifted = retain.shifted_spaces([own, other])
     assert torch.equal(shifted[0].vectors, other.vectors) and torch.equal(shifted[1].vectors, own.vectors)
 
 

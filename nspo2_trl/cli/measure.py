@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from ..training.summary import noise_summary
 from .arguments import parse
 from .noise import NOISE, show
-from .train import build, leave
+from .train import build, in_a_sentence
 
 # a running mean over some 10 steps: a longer one lags behind the gradient, and the signal would look too small
 OWN = ["--nspo2_cov_momentum", "0.9"]
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=_steps, help="steps to measure; all of the recipe's if left out")
     own, rest = parser.parse_known_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
+    with in_a_sentence("measuring"):
         parsed = parse([*OWN, *rest] if rest else [])
         args = parsed[1]
         args.nspo2_enabled, args.nspo2_projection_rank, args.nspo2_retain_dataset = True, 0, None
@@ -73,10 +73,6 @@ def main(argv: list[str] | None = None) -> None:
         if own.steps and 0 < args.max_steps < own.steps:
             args.max_steps = own.steps
         trainer = build(*parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        leave("Interrupted before measuring: nothing was written.", True)
     main_process = trainer.accelerator.is_main_process
     try:
         found = measure(trainer, own.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
@@ -36,10 +36,14 @@ def settle(dataset: Rows, name: str, named: Mapping[str, str | None] | None = No
     Raises:
         ValueError: DPO cannot use a column or a row of it; the message has the row's number, the first being 1.
     """
-    dataset = _read_messages(_rename(dataset, named or {}), name)
+    dataset = _rename(dataset, named or {})
     first = check_preferences(dataset, name)
     if "chosen" not in first:  # tokenized already
         return dataset
+    written = [column for column in COLUMNS if isinstance(text := first.get(column), str) and MESSAGES.match(text)]
+    if {"chosen", "rejected"} <= set(written):
+        dataset = _read_messages(dataset, written, name)
+        first = next(iter(dataset))
     twice = _check_rows(dataset, first, name, progress)
     if isinstance(dataset, IterableDataset):
         usual = _kinds(first)
@@ -85,13 +89,8 @@ def _rename(dataset: Rows, named: Mapping[str, str | None]) -> Rows:
     return dataset.rename_columns({f"{name} to": target for name, target in moved.items()})
 
 
-def _read_messages(dataset: Rows, name: str) -> Rows:
-    """Cells of text that hold messages, as JSON or as Python writes lists, as messages."""
-    first: Mapping = next(iter(dataset), {})
-    texts = {column: first[column] for column in COLUMNS if isinstance(first.get(column), str)}
-    columns = [column for column, text in texts.items() if MESSAGES.match(text)]
-    if not {"chosen", "rejected"} <= set(columns):
-        return dataset
+def _read_messages(dataset: Rows, columns: Sequence[str], name: str) -> Rows:
+    """The cells of `columns`, text that holds messages, as JSON or as Python writes lists, as messages."""
 
     def read(row: Mapping, number: int) -> dict[str, Any]:
         return {column: _messages(row[column], name, number + 1, column) for column in columns}

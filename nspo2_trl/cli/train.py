@@ -135,8 +135,8 @@ def leave(message: str, main_process: bool) -> NoReturn:
 
 
 @contextmanager
-def in_a_sentence() -> Iterator[None]:
-    """What ends a command before training ends it in one sentence."""
+def in_a_sentence(work: str = "training") -> Iterator[None]:
+    """What ends a command before its `work` ends it in one sentence."""
     try:
         yield
     except ImportError as error:
@@ -145,7 +145,7 @@ def in_a_sentence() -> Iterator[None]:
     except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        leave("Interrupted before training: nothing was written.", True)
+        leave(f"Interrupted before {work}: nothing was written.", True)
 
 
 def read(argv: list[str]) -> tuple:

@@ -106,11 +106,15 @@ class RetainMixin(_BaseTrainer):
             )
         total, count = self._nspo2_retain_sums
         self._nspo2_retain_sums = total + kl.detach(), count + 1
+        return self._nspo2_add(result, weight, kl, *args, **kwargs)
+
+    def _nspo2_add(self, result: Any, weight: float, term: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`result` of `compute_loss` with `weight` times a micro-batch's `term` in its loss; the rest: its arguments."""
         if self._nspo2_scaled(*args, **kwargs):
-            kl = kl / self.current_gradient_accumulation_steps
+            term = term / self.current_gradient_accumulation_steps
         if isinstance(result, tuple):
-            return result[0] + weight * kl, *result[1:]
-        return result + weight * kl
+            return result[0] + weight * term, *result[1:]
+        return result + weight * term
 
     def _nspo2_scaled(self, return_outputs: bool = False, num_items_in_batch: Any = None) -> bool:
         """Whether Trainer takes the loss as divided by the number of micro-batches already."""

@@ -65,12 +65,17 @@ def write(raw: Path, record: dict) -> None:
         file.write(_line(record))
 
 
+def write_packed(file: Path, records: Iterable[dict]) -> None:
+    """Records as compressed lines, whole or not at all; the same bytes for the same records."""
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(gzip.compress("".join(map(_line, records)).encode(), mtime=0))
+    part.rename(file)
+
+
 def pack(raw: Path, study: str) -> Path:
     """Put a study's loose file into its packed one, the same bytes for the same cells, and remove it."""
-    lines, file = "".join(map(_line, read(raw, study))), packed(raw, study)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(gzip.compress(lines.encode(), mtime=0))
-    part.rename(file)
+    file = packed(raw, study)
+    write_packed(file, read(raw, study))
     loose(raw, study).unlink(missing_ok=True)
     return file
 

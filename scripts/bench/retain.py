@@ -38,7 +38,7 @@ from .retain_texts import GIVEN_CHUNKS, domains, given_texts, right_sums
 RANKS, SCALES = [12, 4, 1, 29], [1.0, 1.2, 1.5]
 ALONE = [1.0, 0.75, 0.6, 0.45, 0.3, 1.25, 1.5]  # scales of an adapter as it is
 FIRST = 3  # lots that are measured for all seeds before the others
-CONTROLS = ("random", "pairs", "layer")
+CONTROLS = tuple(filter(None, retain_judge.CONTROLS))
 SMOKE = "--seeds 0 1 --learning_rate 2e-3 --ranks 12 --scales 1.0 1.2 1.5 --held_out 100 --chunks 8"
 
 
@@ -76,7 +76,7 @@ def random_spaces(spaces: list[InputSpace], seed: int) -> list[InputSpace]:
     return found
 
 
-def shifted_spaces(spaces: list[InputSpace], seed: int) -> list[InputSpace]:
+def shifted_spaces(spaces: list[InputSpace]) -> list[InputSpace]:
     """The directions of another input of the same width in the place of each input's: of the next in the model."""
     found = []
     for i, space in enumerate(spaces):
@@ -122,8 +122,10 @@ class Meter:
         learned = self.known if control == "pairs" else self.learned
         measured = next(iter(self.texts.values()))
         spaces = input_spaces(model, adapters, learned, measured, self.tokenizer, most, cache)
-        if control in ("random", "layer"):
-            spaces = (random_spaces if control == "random" else shifted_spaces)(spaces, 1000 * (seed + 1))
+        if control == "random":
+            spaces = random_spaces(spaces, 1000 * (seed + 1))
+        elif control == "layer":
+            spaces = shifted_spaces(spaces)
         states = [partial(put, adapters, starts(adapters), spaces, point) for point in points]
         rows = [asdict(point) | {"control": control} for point in points]
         for row, figures in zip(rows, preference(model, self.pairs, states)):

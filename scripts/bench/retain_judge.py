@@ -19,6 +19,7 @@ from rich.table import Table
 from nspo2_trl.cli.frontier import scaled_kl
 from nspo2_trl.cli.plots import COLORS
 
+from .grid import write_packed
 from .retain_methods import METHODS, PROJECTED
 from .stats import interval, p_value
 
@@ -32,8 +33,8 @@ READING = """- One line per adapter, at the scale of lowest mean held-out loss; 
   lowest. No share is given where the loss is above all of them.
 - Seeds differ in the order of the pairs and the start of LoRA, not in what is measured on.
 - Controls: as many random orthonormal directions; K of the pairs' own texts; K of the next layer's input."""
-LOTS = ("scaled", "rank", "random", "pairs", "layer")
 CONTROLS = {"": "directions", "random": "random", "pairs": "of the pairs", "layer": "of another layer"}
+LOTS = ("scaled", "rank", *filter(None, CONTROLS))  # names of lots begin so
 
 
 def kl_at(rows: Sequence[Row], kind: str, loss: float) -> float | None:
@@ -237,9 +238,7 @@ def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
         return []
     raw.mkdir(parents=True, exist_ok=True)
     path = raw / f"retain-{name}.jsonl.gz"
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in (about, *rows))
-    with path.open("wb") as out, gzip.GzipFile("", "wb", fileobj=out, mtime=0) as packing:
-        packing.write(text.encode())
+    write_packed(path, [about, *rows])
     show(rows, name)
     draw(rows, output_dir / "retain.png", shown_rank(rows))
     print(f"{words(about)}\nRows: {path}; picture: {output_dir / 'retain.png'}")

@@ -107,12 +107,7 @@ class ShortPairs(NSPO2DPOTrainer):
         batch = batches([self.nspo2_retained.texts[drawn]], 0)[0]
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         own = token_loss(logits(model, batch)[0, :-1], batch["input_ids"][0, 1:]).mean()
-        own = (
-            self.replay
-            * own
-            / (self.current_gradient_accumulation_steps if self._nspo2_scaled(*args, **kwargs) else 1)
-        )
-        return (loss[0] + own, *loss[1:]) if isinstance(loss, tuple) else loss + own
+        return self._nspo2_add(loss, self.replay, own, *args, **kwargs)
 
 
 def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfig, folder: Path) -> Any:
