@@ -109,7 +109,7 @@ class RetainMixin(_BaseTrainer):
         return self._nspo2_add(result, weight, kl, *args, **kwargs)
 
     def _nspo2_add(self, result: Any, weight: float, term: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`result` of `compute_loss` with `weight` times a micro-batch's `term` in its loss; the rest: its arguments."""
+        """`result` of `compute_loss`, and `weight` times the micro-batch's `term`; then the arguments of that."""
         if self._nspo2_scaled(*args, **kwargs):
             term = term / self.current_gradient_accumulation_steps
         if isinstance(result, tuple):
