@@ -57,8 +57,9 @@ class NSPO2Config(MutableMapping):
     projection_rank: int = whole(
         16,
         "Directions removed per block, at most. Lower it if `nspo2/signal_removed` is high. 0 measures the noise and "
-        "removes nothing: training is bit-identical to TRL's. With `factored` take 4.",
+        "removes nothing: training is bit-identical to TRL's. 8 of `factored` remove more than 16 of `adapter`.",
         note=" (0 projects nothing)",
+        trainer=8,
     )
     update_freq: int = whole(
         10,
@@ -66,6 +67,7 @@ class NSPO2Config(MutableMapping):
         "is full. Steps before the first one are plain; lower it for runs of less than some 50 steps.",
         least=1,
         note=" (steps between eigensolves)",
+        trainer=5,
     )
     trust_radius: float = option(
         0.1,
@@ -82,8 +84,9 @@ class NSPO2Config(MutableMapping):
     )
     max_rank: int = whole(
         32,
-        "Noise directions tracked per block, at least `projection_rank`; the trainers take twice that where it is not "
-        "set. Most of the memory: up to three times this many floats per adapter parameter.",
+        "Noise directions tracked per block, at least `projection_rank`; where it is not set, the trainers take 5/4 "
+        "of that, with `adapter` twice. Most of the memory: up to three times this many floats per adapter parameter "
+        "with `adapter`, with `factored` twice, divided by the LoRA rank.",
         least=1,
     )
     min_rank: int = whole(
@@ -101,8 +104,10 @@ class NSPO2Config(MutableMapping):
     covariance: str = one_of(
         "adapter",
         "factored",
-        help="`adapter`: a whole LoRA adapter is one vector. `factored`: one side of each of its matrices, less state "
-        "by the LoRA rank; take fewer directions (`projection_rank` 4). For large models.",
+        help="`adapter`: a whole LoRA adapter is one vector. `factored`: one side of each of its matrices, whose "
+        "every row or column is a sample: less state by the LoRA rank, found from fewer steps. The trainers' default: "
+        "at most AdamW's state in all, and more noise removed in the runs that were measured.",
+        trainer="factored",
     )
     apply_to: str = one_of(
         "gradient",
@@ -127,7 +132,9 @@ class NSPO2Config(MutableMapping):
     basis_dtype: str = one_of(
         "float32",
         "bfloat16",
-        help="`bfloat16`: directions and buffered samples in half the memory; the maths stays in float32.",
+        help="`bfloat16`: directions, buffered samples and running mean in half the memory; the maths stays in "
+        "float32.",
+        trainer="bfloat16",
     )
     strength: float = option(
         1.0,

@@ -26,6 +26,8 @@ STORIES = [
     "--dataset_name",
     f"{SHARED}/data/stories_sentiment",
 ]
+# the trainers' defaults of 9b63399
+OLD = {"covariance": "adapter", "projection_rank": 16, "update_freq": 10, "basis_dtype": "float32"}
 PROCESSES = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/cpu_2proc.yaml"]
 
 
@@ -57,6 +59,7 @@ def command(out: str, steps: int, *options: str, launcher: tuple = ()) -> str:
         "--output_dir",
         out,
     ]
+    quiet += [part for name, value in OLD.items() for part in (f"--nspo2_{name}", str(value))]
     subprocess.run([*line, *quiet, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return digest(load_file(f"{out}/adapter_model.safetensors"))
 
@@ -101,8 +104,7 @@ def trainer(kind: str, out: str) -> str:
         report_to="none",
         save_strategy="no",
         seed=0,
-        nspo2_update_freq=2,
-        nspo2_projection_rank=4,
+        **{f"nspo2_{name}": value for name, value in (OLD | {"update_freq": 2, "projection_rank": 4}).items()},
         nspo2_max_rank=8,
         **own,
     )

@@ -85,16 +85,18 @@ def test_unknown_options():
 
 
 def test_every_option_of_the_engine_is_one_of_the_trainers():
-    """But for those of tests and benchmarks; only the default strategy is another one."""
+    """But for those of tests and benchmarks; some defaults were chosen by measurement."""
     config, own = trainer_config(), {"dim", "min_rank", "epsilon", "seed"}
     assert {name for name in OPTIONS if not hasattr(config, f"nspo2_{name}")} == own
-    differ = {name for name, value in nspo2_options(config).items() if value != get_default_config()[name]}
-    assert differ == {"strategy"}
+    differ = {name: value for name, value in nspo2_options(config).items() if value != get_default_config()[name]}
+    chosen = {"strategy": "keep", "covariance": "factored", "basis_dtype": "bfloat16"}
+    assert differ == chosen | {"projection_rank": 8, "max_rank": 10, "update_freq": 5}
 
 
-def test_the_trainers_track_twice_the_rank_unless_told():
-    for rank, tracked in ((16, 32), (4, 8), (0, 1)):
-        assert nspo2_options(trainer_config(nspo2_projection_rank=rank))["max_rank"] == tracked
+def test_the_trainers_track_more_than_the_rank_unless_told():
+    for covariance, rank, tracked in (("adapter", 16, 32), ("adapter", 0, 1), ("factored", 8, 10), ("factored", 0, 1)):
+        options = {"nspo2_projection_rank": rank, "nspo2_covariance": covariance}
+        assert nspo2_options(trainer_config(**options))["max_rank"] == tracked
     assert nspo2_options(trainer_config(nspo2_max_rank=20))["max_rank"] == 20
 
 

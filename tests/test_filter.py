@@ -312,4 +312,52 @@ def test_a_mixture_of_a_matrix_s_rows_is_unbiased():
     for _ in range(10):
         samples = torch.randn(4, 1, 16, 40)
         engine.step(samples, samples.mean(0))
-    assert engine.cov.solved == 10 and engine.cov.rows_a_sample(4, 16) == 1  # one eigensolve in ten steps
+    assert engine.cov.solved == 8 and engine.cov.rows_a_sample(4, 16) == 1  # 32 rows, one eigensolve in ten steps
+
+
+MANY_ROWS = {"projection_rank": 8, "max_rank": 10, "update_freq": 5, "cov_momentum": 0.97, "basis_dtype": "bfloat16"}
+
+
+def test_the_trainers_default_finds_planted_directions_within_adamws_state():
+    """Factored: 8 rows a sample that vary in 3 of 200 directions; state of at most 2 floats for each of 8 · 200."""
+    torch.manual_seed(0)
+    planted = torch.linalg.qr(torch.randn(200, 3)).Q
+    engine = NoiseFilter(config(strategy="noise", min_rank=0, trust_radius=1e9, **MANY_ROWS), recent=False)
+    for step in range(60):
+        samples = torch.randn(4, 2, 8, 3) @ planted.T * 3 + 0.3 * torch.randn(4, 2, 8, 200)
+        engine.step(samples, samples.mean(0))
+        if step == 30:
+            engine.sums.reset()
+    share = 27 / (27 + 0.09 * 200)  # of the noise that is planted
+    assert engine.rank.tolist() == [3, 3]
+    assert figures([engine])["variance_reduction"] == pytest.approx(share, abs=0.02)
+    found = engine.cov.basis[:, :3].float()
+    assert (torch.linalg.svdvals(found @ planted) > 0.98).all()
+    assert engine.cov.stack.nbytes + engine.gauge.reference.nbytes <= 8 * 2 * 8 * 200
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_trainers_default_finds_nothing_in_white_noise(together):
+    """Also where the rows of a sample are the same up to a factor, so that it has one row's evidence."""
+    torch.manual_seed(0)
+    engine, ranks = NoiseFilter(config(strategy="noise", min_rank=0, **MANY_ROWS), recent=False), []
+    for _ in range(60):
+        samples = torch.randn(4, 8, 1 if together else 8, 200)
+        if together:
+            samples = samples * torch.nn.functional.normalize(torch.randn(4, 8, 8, 1), dim=2)
+        engine.step(samples, samples.mean(0))
+        ranks.append(engine.rank.double().mean().item())
+    assert sum(ranks) / len(ranks) < 0.3 and figures([engine])["variance_reduction"] < 0.01
+
+
+def test_sums_of_many_rows_resume_bit_for_bit_and_take_steps_of_one_sample(tmp_path):
+    torch.manual_seed(0)
+    whole, first, second = (NoiseFilter(config(min_rank=0, **MANY_ROWS)) for _ in range(3))
+    for step in range(26):
+        samples = torch.randn(1 if step in (14, 15) else 4, 2, 8, 60) * torch.logspace(1, -1, 60)
+        if step == 13:
+            torch.save(first.state_dict(), tmp_path / "state.pt")
+            second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        expected = whole.step(samples, samples.mean(0))
+        assert torch.equal(expected, (first if step < 13 else second).step(samples, samples.mean(0)))
+    assert whole.rank.min() > 0 and torch.isfinite(whole.cov.basis.float()).all()

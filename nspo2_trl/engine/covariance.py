@@ -7,6 +7,7 @@ import math
 import torch
 
 from .eigensolvers import EigSolver
+from .significance import noise_edge, significant_rank
 
 LEARNED = 4096  # steps whose ages are kept
 
@@ -40,11 +41,12 @@ class CovEstimator:
     """Σ_t decayᵃᵍᵉ rows_tᵀ rows_t in low rank: new rows wait in a buffer, `solve` merges them into the sketch.
 
     Memory: (rank + buffered rows) x dim entries a block; no dim x dim matrix exists. The buffer holds the rows of at
-    most `update_freq` steps and at most about `2 rank` rows: with many rows a step it is merged earlier.
+    most `update_freq` steps and at most about `most` rows: with many rows a step it is merged earlier.
 
     Args:
         num_blocks: B, blocks that share a shape. dim: d, entries of a row, over all ranks.
         rank: directions tracked. update_freq: steps between two merges. decay: weight of the past per step.
+        most: rows that wait for one, twice `rank` if left out.
         samples: micro-batches of a step, of `vectors` rows each. share: share of the steps that are learned from.
         width: columns that this rank has of the `dim`; all of them if left out.
         dtype: of what comes out; `stored` of the directions and rows that are kept, the same if left out.
@@ -65,8 +67,10 @@ class CovEstimator:
         dtype: torch.dtype = torch.float32,
         stored: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        most: int | None = None,
     ):
         self.dim, self.rank = dim, min(rank, dim)
+        self.most = 2 * self.rank if most is None else min(most, 2 * self.rank)
         self.update_freq, self.decay, self.solver = update_freq, decay, solver
         self.total, self.dtype = solver.total, dtype
         self.share = share
@@ -90,7 +94,7 @@ class CovEstimator:
     def rows_a_sample(self, samples: int, vectors: int) -> int:
         """How many rows to keep of a sample's m vectors, so that `update_freq` steps' samples fit the buffer."""
         steps = math.ceil(self.update_freq * self.share)
-        return min(vectors, max(1, 2 * self.rank // (steps * samples)))
+        return min(vectors, max(1, self.most // (steps * samples)))
 
     def slot(self, count: int) -> torch.Tensor:
         """(B, count, width): where a step's noise rows are to be written, before `commit`.
@@ -106,7 +110,7 @@ class CovEstimator:
     def _room(self, count: int) -> int:
         """Rows of the stack up to the next merge; taken at once, since growing needs both for a moment."""
         wanted = math.ceil(self.update_freq * self.share) * count + 1
-        return self.rank + max(count + 1, min(wanted, 2 * self.rank))
+        return self.rank + max(count + 1, min(wanted, self.most))
 
     def _resize(self, rows: int) -> None:
         grown = self.stack.new_zeros(self.stack.shape[0], rows, self.stack.shape[2])
@@ -123,9 +127,26 @@ class CovEstimator:
         start = self.rank + len(self.row_steps)
         if rows.dtype != self.stack.dtype:
             self.stack[:, start : start + rows.shape[1]] = rows
+        self._count(energy, rows.shape[1], independent)
+
+    def room(self, samples: int, vectors: int) -> torch.Tensor | None:
+        """(B, n, each, width): the `slot` of a step's rows, `each` of a sample; None where none are kept."""
+        each = self.rows_a_sample(samples, vectors)
+        return self.slot(samples * each).unflatten(1, (samples, each))
+
+    def learn(self, rows: torch.Tensor, kept: torch.Tensor | None, energy: torch.Tensor, seed: int) -> None:
+        """Count a step by its noise rows (B, n, m, width), with the `room` for what is kept of them: mixtures, where
+        that is less, random by `seed`. energy: see `commit`.
+        """
+        assert kept is not None
+        if kept.shape[2] < rows.shape[2]:
+            torch.matmul(mixture(kept.shape[2], rows.shape[2], seed).to(rows), rows, out=kept)
+        self.commit(kept.flatten(1, 2), energy, independent=max(1, rows.shape[1] - 1))
+
+    def _count(self, energy: torch.Tensor, rows: int, independent: int) -> None:
         self.advance()
         self.running_trace = self.running_trace + energy
-        self.row_steps += [self.step] * rows.shape[1]
+        self.row_steps += [self.step] * rows
         self.learned = [*self.learned[-LEARNED + 1 :], (self.step, independent)]
 
     def ages(self, held: bool = False) -> list[tuple[int, int]]:
@@ -141,7 +162,7 @@ class CovEstimator:
     def is_due(self) -> bool:
         """Whether to merge now: `update_freq` steps have passed, or as many rows as came last would be too many."""
         newest = self.row_steps.count(self.row_steps[-1]) if self.row_steps else 0
-        full = len(self.row_steps) + newest > 2 * self.rank
+        full = len(self.row_steps) + newest > self.most
         return self.step - self.solved >= self.update_freq or full
 
     def solve(self, hold_last: int = 0) -> None:
@@ -172,6 +193,17 @@ class CovEstimator:
             stack[:, : self.rank] = work[:, : self.rank]
         self.stack[:, self.rank : self.rank + hold_last] = held
         self.row_steps = self.row_steps[used:]
+
+    def significant(self, limit: int, held: bool) -> torch.Tensor | None:
+        """(B,) how many of the first `limit` directions stand out of white noise; None where nothing was learned.
+
+        `held`: whether rows are successive differences, of which the newest was held back.
+        """
+        # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
+        if not (learned := self.ages(held)):
+            return None
+        edge = noise_edge(self.dim, limit, learned, self.decay, overlapping=held)
+        return significant_rank(self.values, self.trace, edge)
 
     def state_dict(self) -> dict:
         """Tensors and plain numbers only; the buffer without its free room."""

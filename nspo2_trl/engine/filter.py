@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from ..config import NSPO2Config
-from .covariance import CovEstimator, mixture, noise_rows
+from .covariance import CovEstimator, noise_rows
 from .eigensolvers import EigSolver, Spread, Total, alone, same
 from .gauge import Gauge
+from .power import PowerEstimator
 from .projection import ProjectionHead, coordinates
 from .sentinel import BiasSentinel
 from .shards import Shards
 from .signal_to_noise import SignalRemoved
-from .significance import noise_edge, significant_rank
 from .state import load_tensors
 from .strategies import Choice
 from .sums import FilterSums, summarize
@@ -107,7 +107,8 @@ class NoiseFilter:
         solver = EigSolver(config.eigensolver, config.epsilon, config.seed, self.total, self.spread)
         options: dict[str, Any] = {"samples": n, "vectors": vectors, "share": self.share, "width": width, **kind}
         rank, every, decay = config.max_rank, config.update_freq, config.cov_momentum
-        self.cov = CovEstimator(blocks, dim, rank, every, decay, solver, stored=stored, **options)
+        kind_of = CovEstimator if vectors == 1 else PowerEstimator
+        self.cov = kind_of(blocks, dim, rank, every, decay, solver, stored=stored, **options)
         self.cov.step = self.step_count - 1  # steps before, that were not learned from
         self.previous: torch.Tensor | None = None  # the last step's gradient, where that had one sample
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
@@ -161,15 +162,12 @@ class NoiseFilter:
         mean = samples[0] if n == 1 else samples.mean(0)
         energy = None
         if n > 1 or self.previous is not None:
-            each = self.cov.rows_a_sample(n, vectors)
-            slot = self.cov.slot(n * each)
-            kept = slot.unflatten(1, (n, each))
-            rows = kept if each == vectors else torch.empty_like(samples.transpose(0, 1))
+            kept = self.cov.room(n, vectors)
+            whole = kept is not None and kept.shape[2] == vectors
+            rows = kept if kept is not None and whole else torch.empty_like(samples.transpose(0, 1))
             noise_rows(samples, mean, self.previous, out=rows)
             energy = self._score(head, rows, mean)
-            if each < vectors:
-                torch.matmul(mixture(each, vectors, self.config.seed + self.step_count).to(rows), rows, out=kept)
-            self.cov.commit(slot, energy, independent=max(1, n - 1))
+            self.cov.learn(rows, kept, energy, self.config.seed + self.step_count)
         self.gauge.add(mean, energy, self.step_count)
         self.previous = mean.clone() if n == 1 else None
 
@@ -191,12 +189,9 @@ class NoiseFilter:
         self.removed.close_window()
         self.cov.solve(hold_last=self.cov.row_steps.count(self.cov.step) if single else 0)
         limit = min(config.projection_rank, self.cov.dim // 2)
-        # the rows of one matrix share their tokens: a micro-batch counts once, however many rows it has
-        learned = self.cov.ages(held=single)  # the newest difference is held back
-        if not learned:
-            return
-        edge = noise_edge(self.cov.dim, limit, learned, config.cov_momentum, overlapping=single)
-        self.rank = significant_rank(self.cov.values, self.cov.trace, edge).clamp(min=min(config.min_rank, limit))
+        found = self.cov.significant(limit, held=single)
+        if found is not None:
+            self.rank = found.clamp(min=min(config.min_rank, limit))
 
     _NUMBERS = ("step_count", "samples", "skipped_steps", "progress", "active")
 

@@ -11,6 +11,7 @@ from ..config import NSPO2Config
 from ..layout.adapters import lora_blocks
 from ..retain_config import RetainConfig
 from .mixin import NSPO2Mixin
+from .options import trainer_config
 from .refusals import refuse_arguments, refuse_optimizer, refuse_unsupported
 from .retain import Texts
 
@@ -25,7 +26,7 @@ def attach_nspo2(
 
     Args:
         trainer: any whose model has a trainable LoRA adapter. Its class becomes a subclass with [`NSPO2Mixin`].
-        config: left out, the defaults of the trainers, which are `NSPO2Config(strategy="keep")`.
+        config: left out, the defaults of the trainers.
         retain_dataset: texts that the model is to keep handling as before. retain_config: what is done with them.
 
     Raises:
@@ -41,7 +42,7 @@ def attach_nspo2(
     refuse_optimizer(trainer.args, trainer.optimizer)
     args: Any = trainer.args
     args.nspo2_enabled = True
-    for name, value in asdict(config or NSPO2Config(strategy="keep")).items():
+    for name, value in asdict(config or trainer_config()).items():
         setattr(args, f"nspo2_{name}", value)
     for name, value in asdict(retain_config or RetainConfig()).items():
         setattr(args, f"nspo2_retain_{name}", value)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..metrics import METRICS
-from .options import TRAINER_OPTIONS, NSPO2Arguments, nspo2_options
+from .options import TRAINER_OPTIONS, NSPO2Arguments, default_max_rank, nspo2_options
 
 # those that tables show, in their order
 SHOWN = ("variance_reduction", "bias", "rank", "alpha", "noise_scale", "signal_removed", "active", "overhead_ms")
@@ -70,7 +70,8 @@ def recipe(trainer: Any) -> dict:
         chosen["nspo2_retain_dataset"] = _public(args.nspo2_retain_dataset)
     if args.nspo2_enabled:  # an attached trainer has them beside its fields
         defaults, options = nspo2_options(NSPO2Arguments), nspo2_options(args)
-        defaults["max_rank"] = max(1, 2 * options["projection_rank"])
+        own = {name: options[name] for name in ("projection_rank", "covariance")}
+        defaults["max_rank"] = default_max_rank(**own)
         chosen.pop("nspo2_max_rank", None)
         chosen |= {f"nspo2_{k}": options[k] for k in TRAINER_OPTIONS if options[k] != defaults[k]}
     peft_config = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {}).get("default")

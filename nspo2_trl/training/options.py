@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import DPOConfig
 
-from ..config import OPTIONS, check_options, refuse_removed
+from ..config import OPTIONS, NSPO2Config, check_options, refuse_removed
 from ..retain_config import RETAIN_OPTIONS, check_retain
 from ..rows import SAME
 
@@ -24,8 +24,18 @@ def nspo2_options(args: object) -> dict:
     """The options of [`NSPO2Config`] that `args`, a trainer's config, has with the prefix `nspo2_`."""
     found = {name: getattr(args, f"nspo2_{name}") for name in OPTIONS if hasattr(args, f"nspo2_{name}")}
     if found["max_rank"] is None and isinstance(found["projection_rank"], int):
-        found["max_rank"] = max(1, 2 * found["projection_rank"])
+        found["max_rank"] = default_max_rank(found["projection_rank"], found["covariance"])
     return found
+
+
+def default_max_rank(projection_rank: int, covariance: str) -> int:
+    """Directions tracked where `max_rank` is not set; `factored` has all rows to learn them from, and needs fewer."""
+    return max(1, 2 * projection_rank if covariance == "adapter" else projection_rank + projection_rank // 4)
+
+
+def trainer_config() -> NSPO2Config:
+    """The trainers' defaults."""
+    return NSPO2Config(**nspo2_options(NSPO2Arguments))
 
 
 def retain_options(args: object) -> dict:
@@ -39,7 +49,7 @@ def _fields() -> list[tuple]:
     for name, row in TRAINER_OPTIONS.items():
         default = row.default if row.metadata["trainer"] is SAME else row.metadata["trainer"]
         kind: Any = TYPES[str(row.type)]
-        if name == "max_rank":  # twice `projection_rank` where it is not set
+        if name == "max_rank":  # follows `projection_rank` where it is not set
             kind, default = int | None, None
         words = row.metadata["help"]
         for other in OPTIONS:

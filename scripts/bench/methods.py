@@ -8,7 +8,9 @@ import torch
 
 from nspo2_trl import NSPO2DPOTrainer
 
+# what was measured with; the trainers' defaults were others then
 KEEP = {"nspo2_strategy": "keep", "nspo2_projection_rank": 16, "nspo2_covariance": "adapter"}
+KEEP |= {"nspo2_update_freq": 10, "nspo2_basis_dtype": "float32"}
 FACTORED = {"nspo2_covariance": "factored", "nspo2_projection_rank": 4, "nspo2_max_rank": 8}
 # Options of the trainer; `random` gets its directions in [`prepare`]. A step has 16 pairs in 4 micro-batches.
 METHODS = {
