@@ -66,7 +66,7 @@ def run_sizes(options: argparse.Namespace, rest: list[str]) -> Iterator[dict]:
     for values in itertools.product(*(getattr(options, name) for name in names)):
         cell = dict(zip(names, values))
         cell["label"] = ", ".join(f"{short.get(name, '')}{value}" for name, value in cell.items())
-        yield cell | sizes.measure(cell, options.micro_batches, device)
+        yield cell | sizes.measure(cell, options.micro_batches, device) | sizes.retained(cell["model"], 12)
 
 
 def main() -> None:
@@ -84,10 +84,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="overhead: pairs of steps that are counted")
     parser.add_argument("--sizes", nargs="+", choices=list(sizes.SIZES), default=["10m"], dest="model")
     parser.add_argument("--lora_r", nargs="+", type=int, default=[16])
-    parser.add_argument("--covariance", nargs="+", choices=["adapter", "factored"], default=["adapter", "factored"])
-    parser.add_argument("--update_freq", nargs="+", type=int, default=[10])
-    parser.add_argument("--projection_rank", nargs="+", type=int, default=[16], help="k; 2 k are tracked")
-    parser.add_argument("--basis_dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--covariance", nargs="+", choices=["adapter", "factored"], default=["factored"])
+    parser.add_argument("--update_freq", nargs="+", type=int, default=[5])
+    parser.add_argument("--projection_rank", nargs="+", type=int, default=[8])
+    parser.add_argument("--basis_dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16"])
     parser.add_argument("--micro_batches", type=int, default=4, help="gradient samples per step")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--out", help="JSON file for the figures; out/COMMAND.json if left out")
@@ -107,6 +107,8 @@ def main() -> None:
     if main_process:
         console.width = max(console.width, 150)  # a table that is cut helps nobody
         console.print((overhead if options.command == "overhead" else sizes).table(cells, device))
+        for words in {f"{c['model']}, {c['retained_mib']:,.0f}" for c in cells if "retained_mib" in c}:
+            print(f"Second moments of retained texts, rank 12, any number of tokens: {words} MiB.")
         print(f"All figures: {path}")
 
 

@@ -15,15 +15,20 @@ from torch import nn
 
 from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.engine.covariance import CovEstimator as Cov
+from nspo2_trl.engine.power import PowerEstimator as Power
 from nspo2_trl.engine.shards import Shards
 from nspo2_trl.training.samples import SampleCollector
 from nspo2_trl.training.timing import Stopwatch
 
-from .stats import ratio_of_sums
+from .stats import median_interval, ratio_of_sums
 
 WARM_UP = 15  # steps that are not counted: caches, allocations, the first bases
 
-PARTS = {"sampling": [], "exchange": [(SampleCollector, "collect"), (Shards, "gather")], "solve": [(Cov, "solve")]}
+PARTS = {
+    "sampling": [],
+    "exchange": [(SampleCollector, "collect"), (Shards, "gather")],
+    "solve": [(Cov, "solve"), (Power, "solve")],
+}
 
 
 @contextmanager
@@ -103,6 +108,7 @@ def measure(make, steps: int, label: str) -> dict:
     own["projection"] -= own["exchange"] + own["solve"]
     ratios = [a / b for a, b in zip(times[True], times[False])]
     low, middle, high = statistics.quantiles(ratios, n=4)
+    median_bounds = median_interval(ratios)
     whole, bounds = ratio_of_sums(times[True], times[False])
     return {
         "processes": ours.accelerator.num_processes,
@@ -110,10 +116,14 @@ def measure(make, steps: int, label: str) -> dict:
         "nspo2_ms": 1000 * statistics.median(times[True]),
         "ratio": middle,
         "ratio_quartiles": [low, high],
+        "ratio_interval": median_bounds,
         "ratio_of_sums": whole,
         "ratio_of_sums_interval": bounds,
         "parts_ms": own,
         "state_mib": ours.nspo2.state_bytes / 2**20,
+        "state_of_adamw": ours.nspo2.state_bytes / (8 * sum(p.numel() for p in ours._nspo2_trained())),
+        # by its own clocks, as a share of all that the steps with it took
+        "share_of_time": sum(own.values()) * steps / (1000 * sum(times[True])),
         "samples_mib": sum(buffer.nbytes for buffer in ours.nspo2_samples.buffers) / 2**20,
         "peak_more_mib": (statistics.median(peaks[True]) - statistics.median(peaks[False])) / 2**20,
         "rank": ours.nspo2.metrics().get("rank"),
@@ -121,16 +131,19 @@ def measure(make, steps: int, label: str) -> dict:
 
 
 def table(cells: list[dict], device: str) -> Table:
-    columns = ("cell", "plain ms", "NSPO2 ms", "ratio (quartiles)", "sampling", "exchange", "solve", "projection")
-    result = Table(*columns, "state + samples MiB", title=f"A training step with and without NSPO2, {device}")
+    columns = ("cell", "plain ms", "NSPO2 ms", "median ratio [95 %]", "sampling", "exchange", "solve", "projection")
+    result = Table(
+        *columns, "share of time", "state / AdamW", title=f"A training step with and without NSPO2, {device}"
+    )
     for cell in cells:
-        low, high = cell["ratio_quartiles"]
+        low, high = cell["ratio_interval"]
         result.add_row(
             cell["label"],
             f"{cell['plain_ms']:.1f}",
             f"{cell['nspo2_ms']:.1f}",
-            f"{cell['ratio']:.3f} ({low:.3f} to {high:.3f})",
+            f"{cell['ratio']:.3f} [{low:.3f}, {high:.3f}]",
             *(f"{value:.1f}" for value in cell["parts_ms"].values()),
-            f"{cell['state_mib']:.0f} + {cell['samples_mib']:.0f}",
+            f"{cell['share_of_time']:.1%}",
+            f"{cell['state_of_adamw']:.2f}",
         )
     return result

@@ -11,9 +11,11 @@ from rich.table import Table
 from torch import nn
 
 from nspo2_trl import NSPO2Config
+from nspo2_trl.engine.second_moment import ROWS_AT_ONCE, SecondMoment, random_probe
 from nspo2_trl.layout.blocks import Block
 from nspo2_trl.projections.noise import NoiseProjection
 from nspo2_trl.projections.protocol import Step
+from nspo2_trl.training.options import default_max_rank
 from nspo2_trl.training.samples import sample_share
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: 135m as SmolLM2-135M, 0.5b as Qwen2.5-0.5B, 1b as
@@ -44,13 +46,14 @@ def adapters(size: str, lora_r: int, device: torch.device) -> list[Block]:
 def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
     """Figures of one cell.
 
-    State is what a resumed run needs: directions, buffered samples of their noise, running mean. Scratch is a copy of
-    the gradient and what is small; samples are the micro-batches' gradients of one step.
+    State is all that is held between two steps: directions, what is summed up for the next ones, running mean, what
+    is small. Samples are the micro-batches' gradients of one step; beside them a step has a copy of the gradient.
     """
     blocks, rank = adapters(cell["model"], cell["lora_r"], device), cell["projection_rank"]
     entries = sum(p.numel() for block in blocks for p in block.params)
     options = {name: cell[name] for name in ("covariance", "update_freq", "projection_rank", "basis_dtype")}
-    config = NSPO2Config(strategy="keep", max_rank=2 * rank, min_rank=rank, **options)
+    tracked = default_max_rank(rank, cell["covariance"])
+    config = NSPO2Config(strategy="keep", max_rank=tracked, min_rank=rank, **options)
     noise = NoiseProjection(blocks, config, share=sample_share(micro_batches))
     samples = [stack.buffer(micro_batches).normal_() for stack in noise.stacks]
     for stack in noise.stacks:
@@ -77,14 +80,13 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
             solves.append(step)
         if step > 0:
             kinds[kind].append(seconds)
-    state = sum(part.cov.stack.nbytes + part.reference.nbytes for part in parts)
     return {
         "entries": entries,
         "blocks": len(blocks),
         "adamw_mib": 8 * entries / 2**20,
         "basis_mib": sum(part.cov.basis.numel() * part.cov.stack.element_size() for part in parts) / 2**20,
-        "state_mib": state / 2**20,
-        "scratch_mib": (noise.state_bytes - state) / 2**20,
+        "state_mib": noise.state_bytes / 2**20,
+        "state_of_adamw": noise.state_bytes / (8 * entries),
         "samples_mib": sum(buffer.nbytes for buffer in samples) / 2**20,
         "ms": {kind: 1000 * statistics.median(values) if values else None for kind, values in kinds.items()},
         # oftener than `update_freq` says where the buffer of 2 max_rank rows is full before
@@ -92,11 +94,25 @@ def measure(cell: dict, micro_batches: int, device: torch.device) -> dict:
     }
 
 
+def retained(size: str, rank: int) -> dict:
+    """Bytes of collecting retained texts' second moments for a model of that size, however many tokens are read.
+
+    In each layer what has one input shares it: q, k and v; o; gate and up; down.
+    """
+    hidden, intermediate, layers, *_ = SIZES[size]
+    widths = [hidden, hidden, hidden, intermediate]
+    moments = [SecondMoment(random_probe(width, 2 * rank + 32).float()) for width in widths]
+    held = layers * sum(moment.sum.nbytes + moment.probe.nbytes for moment in moments)
+    once = 8 * ROWS_AT_ONCE * (max(widths) + 2 * rank + 32)  # rows in float64 and their products
+    return {"retained_rank": rank, "retained_mib": (held + once) / 2**20}
+
+
 def table(cells: list[dict], device: str) -> Table:
-    columns = ("cell", "AdamW", "directions", "state", "scratch", "samples", "filter ms", "learn ms", "solve ms")
+    columns = ("cell", "AdamW", "state", "state / AdamW", "directions", "samples", "filter ms", "learn ms", "solve ms")
     result = Table(*columns, title=f"NSPO2 on adapters alone, {device}; MiB")
     for cell in cells:
-        memory = (cell[f"{name}_mib"] for name in ("adamw", "basis", "state", "scratch", "samples"))
+        memory = [f"{cell[f'{name}_mib']:.4g}" for name in ("adamw", "state", "basis", "samples")]
+        memory.insert(2, f"{cell['state_of_adamw']:.2f}")
         times = ("-" if value is None else f"{value:.0f}" for value in cell["ms"].values())
-        result.add_row(cell["label"], *(f"{value:.0f}" for value in memory), *times)
+        result.add_row(cell["label"], *memory, *times)
     return result

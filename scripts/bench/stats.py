@@ -54,6 +54,13 @@ def ratio_of_sums(parts: Sequence[float], wholes: Sequence[float]) -> tuple[floa
     return of_sums(np.divide, parts, wholes)
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a median, from order statistics: no assumption but independence."""
+    found, n = sorted(values), len(values)
+    off = 1.96 * math.sqrt(n) / 2
+    return found[max(0, math.floor(n / 2 - off))], found[min(n - 1, math.ceil(n / 2 + off))]
+
+
 def p_value(differences: Sequence[float]) -> float | None:
     """Two-sided p of the sign-flip permutation test, that paired differences have the mean 0.
 
