@@ -127,18 +127,19 @@ def small_disk(tmp_path):
 
 
 def test_full_disk_ends_in_one_error_and_the_last_whole_checkpoint_resumes(saving, small_disk, tmp_path):
-    once = saving(output_dir=str(tmp_path / "once"))
+    large = {"nspo2_covariance": "adapter", "nspo2_basis_dtype": "float32"}  # a disk is of whole MiB
+    once = saving(output_dir=str(tmp_path / "once"), **large)
     once.train()
     size = sum(file.stat().st_size for file in (tmp_path / "once/checkpoint-2").iterdir())
     disk = small_disk(int(1.6 * size / 2**20) + 1)
     with pytest.raises(CheckpointError) as refused:
-        saving(output_dir=str(disk)).train()
+        saving(output_dir=str(disk), **large).train()
     message = str(refused.value)
     assert "checkpoint-4' could not be written" in message and "MiB are free" in message
     assert f"resume from {disk / 'checkpoint-2'}" in message and len(message.splitlines()) == 1
     assert not (disk / "checkpoint-4").exists() and unreadable_file(disk / "checkpoint-2") is None
 
-    rest = saving(output_dir=str(tmp_path / "room"))
+    rest = saving(output_dir=str(tmp_path / "room"), **large)
     rest.train(resume_from_checkpoint=str(disk / "checkpoint-2"))
     assert_same(trainable(rest), trainable(once))
 

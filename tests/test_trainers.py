@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import nspo2_trl
 from nspo2_trl import NSPO2Config, NSPO2DPOTrainer, attach_nspo2
+from nspo2_trl.training.options import trainer_config
 
 KINDS = ["KTO", "GRPO", "Reward", "SFT"]
 SAMPLING = {"num_generations": 4, "max_completion_length": 8, "per_device_train_batch_size": 4}
@@ -80,7 +81,9 @@ def test_attached_trains_and_resumes_as_if_made_so(make_trainer):
     options = {name.removeprefix("nspo2_"): value for name, value in FAST_NSPO2.items()}
 
     def attached(**args):
-        return attach_nspo2(make_trainer(trl.DPOTrainer, max_steps=6, **args), NSPO2Config(strategy="keep", **options))
+        return attach_nspo2(
+            make_trainer(trl.DPOTrainer, max_steps=6, **args), NSPO2Config(**{**trainer_config(), **options})
+        )
 
     made, whole, rest = make_trainer(max_steps=6), attached(save_strategy="steps", save_steps=4), attached()
     assert isinstance(whole, trl.DPOTrainer)
