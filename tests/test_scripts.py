@@ -98,7 +98,7 @@ def test_model_options_reach_the_model(tmp_path):
     [
         (["--nspo2_strategy", "quiet"], "`nspo2_strategy` must be one of 'hybrid', 'noise', 'keep', got 'quiet'"),
         (["--nspo2_projection_rank", "-1"], "`nspo2_projection_rank` must be a whole number of at least 0"),
-        (["--nspo2_max_rank", "8"], "raise `nspo2_max_rank` to at least 16"),
+        (["--nspo2_max_rank", "4"], "raise `nspo2_max_rank` to at least 8"),
         (["--dataset_name", "./nowhere.jsonl"], "`dataset_name`: there is no file or folder './nowhere.jsonl'"),
         (["--dataset_name", "README.md"], "`dataset_name` 'README.md': a file must end in"),
         (["--dataset_train_split", "training"], "`dataset_train_split` is 'training', but the dataset has"),
