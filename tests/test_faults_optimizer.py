@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -219,6 +220,20 @@ def test_hooks_of_the_wrapper_are_called_with_all_of_the_state():
     train(model, optimizer, 1)
     optimizer.load_state_dict(saved := optimizer.state_dict())
     assert seen == ["before", "after", "before", "save", True, True, 2] and "mark" in saved
+
+
+def test_no_share_of_a_noise_that_has_vanished():
+    param = nn.Parameter(torch.zeros(12))
+    optimizer = create_nspo2_optimizer([param], torch.optim.SGD, {"lr": 0.0}, {"update_freq": 4, "sentinel": False})
+    generator, direction = torch.Generator().manual_seed(0), torch.ones(12)
+    for step in range(300):
+        noise = torch.randn(12, generator=generator) * 0.1 + torch.randn(1, generator=generator) * direction
+        param.grad = noise * (1.0 if step < 60 else 1e-4)
+        param.grad += 1e-12  # never a probing step
+        optimizer.step()
+        if step == 59:
+            assert not math.isnan(optimizer.get_metrics()["recent_variance_reduction"])
+    assert math.isnan(optimizer.get_metrics()["recent_variance_reduction"])
 
 
 # ---- what parameters are ----

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import Field
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import HfApi
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import DatasetMixtureConfig, ModelConfig
 
@@ -73,7 +75,7 @@ def check_values(
 
 
 def check_packages(args: NSPO2DPOConfig, model_args: ModelConfig) -> None:
-    """Raises `ValueError` where trackers, optimizer or hub are not to be had."""
+    """Raises `ValueError` where trackers, optimizer, schedule or hub are not to be had."""
     for name in args.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             known = sorted(INTEGRATION_TO_CALLBACK)
@@ -87,6 +89,7 @@ def check_packages(args: NSPO2DPOConfig, model_args: ModelConfig) -> None:
         raise clearer(error, args, model_args) from error
     except ValueError:  # it may ask for the model, which is loaded later
         pass
+    check_schedule(args)
     if args.push_to_hub:
         try:
             HfApi(token=args.hub_token).whoami()
@@ -95,6 +98,27 @@ def check_packages(args: NSPO2DPOConfig, model_args: ModelConfig) -> None:
                 f"`push_to_hub`: the hub does not answer, or does not know you ({first_line(error)}): log in with "
                 "`hf auth login`, or leave `push_to_hub` out."
             ) from error
+
+
+def check_schedule(args: NSPO2DPOConfig) -> None:
+    """Raises `ValueError` where `lr_scheduler_kwargs` are not those of `lr_scheduler_type`."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        given = f"`lr_scheduler_kwargs` {args.lr_scheduler_kwargs} for `lr_scheduler_type: {kind}`"
+        raise ValueError(f"{given}: {first_line(error).rstrip('.')}.") from error
+
+
+class CheckBestMetric(TrainerCallback):
+    """Raises `ValueError` where `metric_for_best_model` is none of what the evaluation before step 1 gives."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
+        name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        known = [key.removeprefix("eval_") for key in metrics or {}]
+        if metrics and state.global_step == 0 and name not in known:
+            raise ValueError(f"`metric_for_best_model`: {name!r} is none of {', '.join(known)}.{nearest(name, known)}")
 
 
 def clearer(error: Exception, args: NSPO2DPOConfig, model_args: ModelConfig) -> Exception:

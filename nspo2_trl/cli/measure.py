@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 from ..training.summary import noise_summary
 from .arguments import parse
 from .noise import NOISE, show
+from .threads import few_threads
 from .train import build, in_a_sentence
 
 # a running mean over some 10 steps: a longer one lags behind the gradient, and the signal would look too small
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     with in_a_sentence("measuring"):
         parsed = parse([*OWN, *rest] if rest else [])
         args = parsed[1]
+        few_threads(args.device.type == "cpu")
         args.nspo2_enabled, args.nspo2_projection_rank, args.nspo2_retain_dataset = True, 0, None
         args.eval_strategy, args.eval_on_start, args.save_strategy = "no", False, "no"
         args.push_to_hub, args.report_to = False, []

@@ -137,7 +137,7 @@ def load_pairs(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     held = held.shuffle(seed=0).select(range(PAIRS)) if len(held) > PAIRS else held
     texts = [pair["prompt_ids"] + pair[name] for pair in known for name in ("chosen_ids", "rejected_ids")]
     found = tokenize_pairs(held, tokenizer, args.max_length)
-    if len(found) < len(held):
+    if len(found) < len(held) and PartialState().is_main_process:
         lost = len(held) - len(found)
         print(f"{lost} of {len(held)} held-out pairs are left out: their prompts alone fill `--max_length`.")
     return found, texts

@@ -27,7 +27,7 @@ from ..training.mixin import DIVERGED
 from ..training.options import NSPO2DPOConfig
 from ..training.resuming import refuse_other_adapter
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
-from .checks import check_packages, clearer
+from .checks import CheckBestMetric, check_packages, clearer
 from .data import NSPO2ScriptArguments, splits, tell_of_long_rows, tell_of_lost_rows
 from .lines import show_logs
 from .shapes import RowError
@@ -172,6 +172,7 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         if checkpoint is not None:
             refuse_other_adapter(checkpoint, trainer.model)
     main_process = trainer.accelerator.is_main_process
+    trainer.add_callback(CheckBestMetric())
     live = show_logs(trainer)
     if checkpoint is not None and main_process:
         print(f"Resuming from {checkpoint}.")

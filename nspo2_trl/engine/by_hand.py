@@ -74,15 +74,15 @@ class NSPO2(NoiseFilter):
 
     def get_metrics(self) -> dict:
         """Figures of recent steps under their published names, see [`published`]. Waits for the device."""
-        return published([self], self.skipped_steps)
+        return published([self], figures([self]) | {"skipped_steps": self.skipped_steps})
 
 
-def published(filters: Sequence[NoiseFilter], skipped_steps: int) -> dict:
-    """Figures of recent steps under the names that NSPO2 was published with; NaN where nothing was measured yet.
+def published(filters: Sequence[NoiseFilter], known: Mapping[str, float]) -> dict:
+    """`known` figures of recent steps under the names that NSPO2 was published with; NaN where one is missing.
 
     `noise_scale` is in units of one step's batch here, since an optimizer does not know how large that is.
     """
-    found = defaultdict(lambda: math.nan, {"rank": 0.0} | figures(filters))
+    found = defaultdict(lambda: math.nan, {"rank": 0.0} | dict(known))
     rank = round(found["rank"], 4)
     return {
         "recent_variance_reduction": found["variance_reduction"],
@@ -93,6 +93,6 @@ def published(filters: Sequence[NoiseFilter], skipped_steps: int) -> dict:
         "noise_scale": found["noise_scale"],
         "signal_removed": found["signal_removed"],
         "step_count": max(part.step_count for part in filters),
-        "skipped_steps": skipped_steps,
+        "skipped_steps": known["skipped_steps"],
         "is_active": any(part.is_active for part in filters),
     }

@@ -202,7 +202,7 @@ class NSPO2Optimizer(Wrapper):
 
     def get_metrics(self) -> dict:
         """Figures of recent steps, see [`published`]; waits for the device."""
-        found = published(self.nspo2.filters, self.nspo2.skipped_steps)
+        found = published(self.nspo2.filters, self.nspo2.metrics())
         return found | {"is_active": found["is_active"] and self.enabled}
 
     def state_dict(self) -> dict:
