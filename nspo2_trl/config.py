@@ -63,8 +63,8 @@ class NSPO2Config(MutableMapping):
     )
     update_freq: int = whole(
         10,
-        "Optimizer steps between two eigensolves, at most: one comes earlier where the buffer of 2 `max_rank` samples "
-        "is full. Steps before the first one are plain; lower it for runs of less than some 50 steps.",
+        "Optimizer steps between two eigensolves, at most: one comes earlier where the buffer of 2 `max_rank` noise "
+        "rows is full. Steps before the first one are plain; lower it for runs of less than some 50 steps.",
         least=1,
         note=" (steps between eigensolves)",
         trainer=5,
@@ -132,7 +132,7 @@ class NSPO2Config(MutableMapping):
     basis_dtype: str = one_of(
         "float32",
         "bfloat16",
-        help="`bfloat16`: directions, buffered samples and running mean in half the memory; the maths stays in "
+        help="`bfloat16`: directions, buffered noise rows and running mean in half the memory; the maths stays in "
         "float32.",
         trainer="bfloat16",
     )

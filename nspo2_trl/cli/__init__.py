@@ -1,4 +1,4 @@
-"""What people type: the command `nspo2` with train, report and env, and what these read, check and draw.
+"""What people type: the command `nspo2` (train, measure, retain, report, env), and what it reads, checks and draws.
 
 May import everything; nothing imports it.
 """

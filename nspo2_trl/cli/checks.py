@@ -104,7 +104,7 @@ def check_schedule(args: NSPO2DPOConfig) -> None:
     """Raises `ValueError` where `lr_scheduler_kwargs` are not those of `lr_scheduler_type`."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         given = f"`lr_scheduler_kwargs` {args.lr_scheduler_kwargs} for `lr_scheduler_type: {kind}`"

@@ -217,7 +217,7 @@ class CovEstimator:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises `ValueError` where the state is of other blocks or another rank."""
+        """Raises `ValueError` where the state is of other blocks, LoRA rank or `max_rank`."""
         filled = self.rank + len(state["row_steps"])
         expected = (len(self.stack), filled, self.stack.shape[2])
         if tuple(state["stack"].shape) != expected:

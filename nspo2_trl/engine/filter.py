@@ -113,7 +113,7 @@ class NoiseFilter:
         self.previous: torch.Tensor | None = None  # the last step's gradient, where that had one sample
         self.rank = torch.zeros(blocks, dtype=torch.long, device=like.device)
         directions = min(config.projection_rank + 1, self.cov.rank)
-        self.removed = SignalRemoved(blocks, vectors, directions, **kind)
+        self.signal_removed = SignalRemoved(blocks, vectors, directions, **kind)
 
     @property
     def reference(self) -> torch.Tensor:
@@ -144,8 +144,8 @@ class NoiseFilter:
         """The filter that the present state gives; also counts bias, α and rank of it."""
         assert self.cov is not None and self.gauge is not None  # while nothing was learned there is no filter
         config, mean = self.config, self.reference
-        width = min(config.projection_rank + 1, self.cov.rank)
-        basis = self.cov.basis[:, :width].to(mean.dtype)
+        directions = min(config.projection_rank + 1, self.cov.rank)
+        basis = self.cov.basis[:, :directions].to(mean.dtype)
         reference = self.total(coordinates(mean, basis))
         rank = self.rank.clamp(max=self.rank_limit)
         floor = min(config.min_rank, self.rank_limit)
@@ -162,12 +162,12 @@ class NoiseFilter:
         mean = samples[0] if n == 1 else samples.mean(0)
         energy = None
         if n > 1 or self.previous is not None:
-            kept = self.cov.room(n, vectors)
-            whole = kept is not None and kept.shape[2] == vectors
-            rows = kept if kept is not None and whole else torch.empty_like(samples.transpose(0, 1))
+            buffered = self.cov.room(n, vectors)
+            whole = buffered is not None and buffered.shape[2] == vectors
+            rows = buffered if buffered is not None and whole else torch.empty_like(samples.transpose(0, 1))
             noise_rows(samples, mean, self.previous, out=rows)
             energy = self._score(head, rows, mean)
-            self.cov.learn(rows, kept, energy, self.config.seed + self.step_count)
+            self.cov.learn(rows, buffered, energy, self.config.seed + self.step_count)
         self.gauge.add(mean, energy, self.step_count)
         self.previous = mean.clone() if n == 1 else None
 
@@ -179,14 +179,14 @@ class NoiseFilter:
             inside = head.coordinates(rows)
             removed = head.removed_share * torch.linalg.vector_norm(head.restrict(inside), dim=(1, 2, 3)).square()
             self.sums.add_noise(energy, removed)
-            self.removed.add_projected(head, mean, inside, single=rows.shape[1] == 1)
+            self.signal_removed.add_projected(head, mean, inside, single=rows.shape[1] == 1)
         return energy
 
     def _solve(self) -> None:
         """Merge what was learned into the basis, and find how much of it is significant."""
         assert self.cov is not None
         config, single = self.config, self.samples == 1
-        self.removed.close_window()
+        self.signal_removed.close_window()
         self.cov.solve(hold_last=self.cov.row_steps.count(self.cov.step) if single else 0)
         limit = min(config.projection_rank, self.cov.dim // 2)
         found = self.cov.significant(limit, held=single)
@@ -206,13 +206,17 @@ class NoiseFilter:
             return state
         if self.previous is not None:
             state["previous"] = self.previous.clone()
-        return state | {"rank": self.rank.clone(), "cov": self.cov.state_dict(), "removed": self.removed.state_dict()}
+        return state | {
+            "rank": self.rank.clone(),
+            "cov": self.cov.state_dict(),
+            "removed": self.signal_removed.state_dict(),
+        }
 
     def load_state_dict(self, state: dict, device: torch.device | str | None = None) -> None:
         """Bring back what `state_dict` gave, on `device` or where it lies: the next step is as if nothing had been.
 
         Raises:
-            ValueError: the state is of other blocks or other ranks.
+            ValueError: the state is of other blocks, or of other LoRA ranks or `max_rank`.
         """
         self.reset()
         if "sentinel" in state:
@@ -231,7 +235,7 @@ class NoiseFilter:
         if self.cov is None:
             return
         self.cov.load_state_dict(state["cov"])
-        self.removed.load_state_dict(state["removed"])
+        self.signal_removed.load_state_dict(state["removed"])
         load_tensors(self, ["rank"], state)
         self.previous = state["previous"].to(self.rank.device, copy=True) if "previous" in state else None
 
@@ -241,5 +245,5 @@ def figures(filters: Sequence[NoiseFilter], batch_size: float = 1.0) -> dict[str
     gauges = [part.gauge for part in filters if part.gauge is not None]
     if len(gauges) < len(filters):
         return {}  # nothing was learned yet
-    removals = [part.removed for part in filters if part.cov is not None]
+    removals = [part.signal_removed for part in filters if part.cov is not None]
     return summarize([part.sums for part in filters], gauges, removals, batch_size)

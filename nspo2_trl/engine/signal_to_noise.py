@@ -75,7 +75,7 @@ class SignalRemoved:
         return tensors | {name: getattr(self, name) for name in self._NUMBERS}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises `ValueError` where the state is of other blocks or another rank."""
+        """Raises `ValueError` where the state is of other blocks, LoRA rank or `max_rank`."""
         load_tensors(self, self._TENSORS, state)
         for name in self._NUMBERS:
             setattr(self, name, state[name])
@@ -85,7 +85,7 @@ def pool(gauges: Sequence[Gauge], removals: Sequence[SignalRemoved], batch_size:
     """`noise_scale`, `signal_removed` and `signal_removed_se` over all blocks, each only where there is evidence.
 
     Args:
-        gauges, removals: of all groups of blocks. batch_size: examples in one step's gradient.
+        gauges, removals: of all stacks of blocks. batch_size: examples in one step's gradient.
     """
     count = min(min(gauge.steps, HISTORY) for gauge in gauges)
     if count < MIN_STEPS:

@@ -12,7 +12,7 @@ def load_tensors(owner: object, names: Iterable[str], state: Mapping) -> None:
     """Set the attributes `names` of `owner` to copies of the tensors in `state`, on the device they were on.
 
     Raises:
-        ValueError: a shape differs, since the state is of other blocks or another rank.
+        ValueError: a shape differs, since the state is of other blocks, LoRA rank or `max_rank`.
     """
     for name in names:
         own, saved = getattr(owner, name), state[name]

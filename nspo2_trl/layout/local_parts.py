@@ -15,7 +15,7 @@ from ..engine.shards import Shards
 class LocalParts:
     """Moves values between FSDP2's parameters, of which a rank has some rows, and a rank's columns of their blocks.
 
-    One all-to-all for all parameters of a group, each way: a rank sends less than 1/W of their entries.
+    One all-to-all for all parameters of a stack, each way: a rank sends less than 1/W of their entries.
 
     Args:
         shards: the columns. positions: for each parameter, a tensor of its shape with the place of every entry in

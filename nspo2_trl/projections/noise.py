@@ -24,7 +24,7 @@ from .protocol import Step
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("gauge", "cov", "removed", "sums")  # of a filter, that hold tensors
+PARTS = ("gauge", "cov", "signal_removed", "sums")  # of a filter, that hold tensors
 
 
 class NoiseProjection:
@@ -142,7 +142,7 @@ class NoiseProjection:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Call it when the optimizer has stepped, and only after a `before_step` that returned True."""
+        """The optimizer has stepped; nothing is done where `before_step` returned False."""
         if self.updates and self._samples:
             for stack in self.stacks:
                 stack.read_params()
@@ -235,7 +235,7 @@ class NoiseProjection:
         return {name: i for i, stack in enumerate(self.stacks) for name in stack.names}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Raises `ValueError` where the state was saved for other blocks or other ranks."""
+        """Raises `ValueError` where the state was saved for other blocks, LoRA ranks or `max_rank`."""
         if list(state["blocks"].items()) != list(self._names().items()):
             raise ValueError(f"it was saved for {len(state['blocks'])} blocks, which are not the ones of this run")
         for stack, part, saved in zip(self.stacks, self.filters, state["groups"].values()):

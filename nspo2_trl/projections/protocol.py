@@ -14,9 +14,9 @@ class Step:
     """One optimizer step whose gradient is complete.
 
     Parameters:
-        samples: for each stack (n, B, m, d), gradients of the step's micro-batches, to stay as they are until
-            `after_step`. Empty where the step is left out of the estimate, None where the step's own gradient is its
-            one sample.
+        samples: for each stack of the noise filter (n, B, m, d), gradients of the step's micro-batches, which stay as
+            they are until `after_step`. Empty where the step is left out of the estimate, None where the step's own
+            gradient is its one sample.
         others: entries of the gradients of parameters in no block; they are only looked at for bad numbers.
         progress: share of training done, None where it is not known.
     """
@@ -42,7 +42,7 @@ class Projection(Protocol):
         """Training has ended, the adapter is about to be saved."""
 
     def metrics(self, batch_size: float) -> dict[str, float]:
-        """Figures since the last call, by their names in `config.METRICS`; `batch_size` in examples per step."""
+        """Figures since the last call, by their names in `metrics.METRICS`; `batch_size` in examples per step."""
 
     def state_dict(self, keep: bool) -> dict:
         """Tensors and plain numbers; every rank calls it, those that do not `keep` it may return less."""

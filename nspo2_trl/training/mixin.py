@@ -134,7 +134,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
         if self.nspo2 is not None:
             self.nspo2_samples.detach()
             same = self.nspo2.holds(self.model.parameters())
-        rest = self.nspo2_projections[1:] if same else self._nspo2_retain_projections()
+        rest = self.nspo2_projections[1:] if same else self._nspo2_other_projections()
         self._nspo2_others, self._nspo2_made_for = params_outside(blocks, trained), self._nspo2_now(trained)
         micro_batches = self.args.gradient_accumulation_steps
         self.nspo2 = NoiseProjection(
@@ -214,7 +214,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
             raise ValueError("`nspo2_enabled` was changed after the trainer was made: make the trainer anew.")
         self.nspo2_diverged, self._nspo2_diverged_at = Diverged(), None
         output = super().train(*args, **kwargs)
-        self._nspo2_retain_end()
+        self._nspo2_end()
         return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -213,7 +213,7 @@ class NSPO2Optimizer(Wrapper):
         """Bring back what `state_dict` gave; a state of the bare optimizer too, with a fresh noise estimate.
 
         Raises:
-            ValueError: the state was saved for other parameters, blocks or ranks.
+            ValueError: the state was saved for other parameters, blocks or `max_rank`.
         """
         super().load_state_dict(state_dict)
 

@@ -79,7 +79,8 @@ class RetainMixin(_BaseTrainer):
                 "The projection for retained texts does not reach, so not protect, these parameters: %s.", kinds
             )
 
-    def _nspo2_retain_projections(self) -> list[Projection]:
+    def _nspo2_other_projections(self) -> list[Projection]:
+        """What the trainer's list holds beside the noise filter; new ones, for the parameters as they are now."""
         retained = self.nspo2_retained
         return [retained.null_space()] if retained is not None and retained.config.project != "no" else []
 
@@ -138,17 +139,20 @@ class RetainMixin(_BaseTrainer):
             output.metrics.update({f"eval_retain_{NAMES[name]}": value for name, value in figures.items()})
         return output
 
-    def _nspo2_retain_end(self) -> None:
-        """Project after training; the adapter as it was goes to `unprojected/`, and the figures to the log."""
-        retained = self.nspo2_retained
-        if retained is None or not self.args.nspo2_enabled or retained.config.project != "after":
-            return
-        folder = os.path.join(str(self.args.output_dir), UNPROJECTED)
-        self._nspo2_save_sharded(folder)
-        self.save_model(folder, _internal_call=True)
-        before = retained.measure()
+    def _nspo2_end(self) -> None:
+        """End the projections; the adapter as it was before goes to `unprojected/`, and the figures to the log."""
+        retained, before = self.nspo2_retained, {}
+        if retained is not None and not (self.args.nspo2_enabled and retained.config.project == "after"):
+            retained = None
+        if retained is not None:
+            folder = os.path.join(str(self.args.output_dir), UNPROJECTED)
+            self._nspo2_save_sharded(folder)
+            self.save_model(folder, _internal_call=True)
+            before = retained.measure()
         for projection in self.nspo2_projections:
             projection.end()
+        if retained is None:
+            return
         after, self.nspo2_retain_projected = retained.measure(), True
         figures = {f"nspo2/retain_{short}_unprojected": before.get(name) for name, short in NAMES.items()}
         figures |= {f"eval_retain_{short}": after.get(name) for name, short in NAMES.items()}

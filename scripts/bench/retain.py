@@ -4,9 +4,9 @@
     python scripts/benchmark.py retain --smoke
 
 Per seed a run of each method (`retain_methods`). Each adapter is then measured on held-out pairs and on several kinds
-of text, merely scaled. Plain's and those of the KL term are also projected off K of the retained texts; plain's, as
-controls, off random K, off K of the pairs, and off K of another layer. `retain_judge` makes figures of the rows.
-Finished runs and lots are skipped: stop it when you like, the same command goes on.
+of text, merely scaled. Plain's and those of the KL term are also projected off K of the retained texts; plain's, at
+the first rank, also off random K, K of the pairs, and K of another layer, as controls. `retain_judge` makes figures of
+the rows. Finished runs and lots are skipped: stop it when you like, the same command goes on.
 """
 
 from __future__ import annotations
@@ -88,9 +88,10 @@ def shifted_spaces(spaces: list[InputSpace]) -> list[InputSpace]:
 def lots(options: argparse.Namespace, method: str) -> list[tuple[str, list[Point]]]:
     """What is measured together, by name, in this order: a lot is kept as a whole."""
     found = [("scaled", [Point(0, scale) for scale in ALONE])]
-    for rank in options.ranks if method in PROJECTED else ():
+    for i, rank in enumerate(options.ranks if method in PROJECTED else ()):
         found += [(f"rank{rank}", [Point(rank, scale) for scale in options.scales])]
-        found += [(f"{control}{rank}", [Point(rank, 1.0)]) for control in CONTROLS if method == "plain"]
+        controls = CONTROLS if method == "plain" and i == 0 else ()
+        found += [(f"{control}{rank}", [Point(rank, 1.0)]) for control in controls]
     return found
 
 
