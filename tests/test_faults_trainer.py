@@ -34,6 +34,69 @@ def adapted():
     return get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LORA))
 
 
+# ---- projections beside the noise filter ----
+
+
+class Counts:
+    """A projection that changes nothing and notes what it is asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self):
+        self.calls.append("start")
+
+    def before_step(self, step):
+        self.calls.append("before")
+        return True
+
+    def after_step(self):
+        self.calls.append("after")
+
+    def end(self):
+        self.calls.append("end")
+
+    def metrics(self, batch_size):
+        return {}
+
+    def state_dict(self, keep):
+        return {}
+
+    def load_state_dict(self, state):
+        self.calls.append("load")
+
+
+class WithAnother(NSPO2DPOTrainer):
+    def _nspo2_other_projections(self):
+        return [*super()._nspo2_other_projections(), Counts()]
+
+
+def test_another_projection_is_made_once_and_ended(make_trainer):
+    trainer = make_trainer(WithAnother, max_steps=4)
+    (other,) = trainer.nspo2_projections[1:]
+
+    def smaller(args, state):
+        if state.global_step == 2:
+            trainer.args.gradient_accumulation_steps = trainer.accelerator.gradient_accumulation_steps = 1
+
+    trainer.add_callback(at("on_step_end", smaller))
+    trainer.train()
+    assert trainer.nspo2_projections == [trainer.nspo2, other] and trainer.nspo2.filters[0].step_count == 2
+    assert other.calls == [
+        "start",
+        "before",
+        "after",
+        "before",
+        "after",
+        "start",
+        "before",
+        "after",
+        "before",
+        "after",
+        "end",
+    ]
+
+
 # ---- the batch that ran ----
 
 
