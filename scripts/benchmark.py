@@ -3,6 +3,7 @@
     python scripts/benchmark.py overhead --config recipes/quickstart/dpo.yaml [--steps 120] [--any_field value]
     python scripts/benchmark.py sizes --sizes 135m 8b --lora_r 16
     python scripts/benchmark.py variance --help         what filters take away of noise and of signal
+    python scripts/benchmark.py gauge --help            what `nspo2 measure` says, against the estimator of `variance`
     python scripts/benchmark.py convergence --help      methods x rates x seeds, in parts, over hours
     python scripts/benchmark.py retain --help           what a model forgets in DPO, and what keeps it
     python scripts/benchmark.py tables                  docs/results.md and plots from benchmarks/raw

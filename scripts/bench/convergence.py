@@ -1,4 +1,4 @@
-"""Command lines around [`grid`] and [`results`]: `convergence`, `variance`, `tables`, `pack` and `--smoke`."""
+"""Command lines around [`grid`] and [`results`]: `convergence`, `variance`, `gauge`, `tables`, `pack`, `--smoke`."""
 
 from __future__ import annotations
 
@@ -129,6 +129,22 @@ def variance(argv: list[str]) -> int:
     return failed
 
 
+def gauge(argv: list[str]) -> int:
+    """Run what is missing of the study `gauge`; returns how many cells failed."""
+    from .gauge import run_cell
+
+    found = _parser("gauge", "What `nspo2 measure` says, against the estimator of `variance`.")
+    found.add_argument("--runs", type=int, default=10, help="runs, with the seeds 0, 1, …")
+    found.add_argument("--rate", type=float, default=2e-3, help="learning rate of these runs")
+    found.add_argument("--fresh", type=int, default=512, help="micro-batches of 4 pairs that the estimator reads")
+    options = found.parse_args(argv)
+    same = {"study": "gauge", "task": "quickstart", "method": "plain", "lr": options.rate, "steps": options.steps}
+    cells = [same | {"role": "report", "fresh": options.fresh, "seed": seed} for seed in range(options.runs)]
+    failed = grid.run_cells(options.raw, cells, _folders(options), options.workers, "gauge", run_cell)
+    _say_next(options.raw)
+    return failed
+
+
 def tables(argv: list[str]) -> None:
     from . import results  # SciPy and Matplotlib are the extra `bench`
 
@@ -150,7 +166,7 @@ def pack(argv: list[str]) -> None:
             print(grid.pack(raw, study))
 
 
-COMMANDS = {"convergence": run, "variance": variance, "tables": tables, "pack": pack}
+COMMANDS = {"convergence": run, "variance": variance, "gauge": gauge, "tables": tables, "pack": pack}
 
 
 def smoke() -> Path:

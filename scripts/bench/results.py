@@ -6,7 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
-from . import pictures, retain_judge, variance_tables
+from . import gauge, pictures, retain_judge, variance_tables
 from .grid import read
 from .methods import WORDS
 from .stats import interval
@@ -98,6 +98,8 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     lines = ["## The four claims", "", about, "", *claims(rows_of, overhead)]
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts["variance"]]
+    if records := read(raw, "gauge"):
+        lines += gauge.section(records)
     lines += ["## What it does to training", "", READING, *parts["convergence"]]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
     forgotten, drawn = retain_judge.section(raw, docs)

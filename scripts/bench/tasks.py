@@ -7,8 +7,10 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -37,7 +39,9 @@ class Clock(TrainerCallback):
         self.seconds += time.process_time() - self.start
 
 
-def make_trainer(cell: dict, folders: dict[str, str], held_out: range, stride: int = 1) -> NSPO2DPOTrainer:
+def make_trainer(
+    cell: dict, folders: dict[str, str], held_out: range, stride: int = 1, options: Mapping[str, Any] | None = None
+) -> NSPO2DPOTrainer:
     """The trainer of a cell, from the quick start's recipe: 4 micro-batches of 4 pairs, LoRA 8 on all linear layers.
 
     The reference's log-probabilities are computed once for all runs: they depend on base model and pairs alone.
@@ -45,6 +49,7 @@ def make_trainer(cell: dict, folders: dict[str, str], held_out: range, stride: i
     Args:
         cell: see [`grid`]. folders: `model` and `data` of the task. held_out: rows of the test split, as far as there
             are. stride: of the `LOOKS` logs of a run each `stride`-th has an evaluation.
+        options: others of the trainer.
     """
     options = {
         "model_name_or_path": folders["model"],
@@ -62,6 +67,7 @@ def make_trainer(cell: dict, folders: dict[str, str], held_out: range, stride: i
         "disable_tqdm": True,
         "output_dir": str(Path(tempfile.gettempdir()) / "nspo2_bench"),  # nothing is written there
         **options_of(cell["method"]),
+        **(options or {}),
     }
     argv = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     parsed = parse(["--config", str(ROOT / "recipes/quickstart/dpo.yaml"), *argv])
