@@ -62,5 +62,6 @@ if not TYPE_CHECKING:  # who checks types shall see the names above, and no othe
 
     def __getattr__(name: str) -> Any:
         if name in _NEEDS_TRL:
+            import_module(".training.trl_range", __name__).refuse_trl()
             return getattr(import_module(f".{_NEEDS_TRL[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import re
+import runpy
 from importlib.metadata import version
 
 import pytest
@@ -21,7 +22,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOTrainer
 
+import nspo2_trl
+from nspo2_trl.cli import command
 from nspo2_trl.layout.adapters import lora_blocks
+from nspo2_trl.training import trl_range
 from nspo2_trl.training.checkpoints import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 
 PACKAGE = {path.name: path.read_text() for path in sorted((ROOT / "nspo2_trl").rglob("*.py"))}
@@ -270,3 +274,18 @@ def test_the_optimizer_base_class_adds_groups_through_its_method():
     own = {name for name in vars(Watched(groups, {"lr": 1.0})) if not name.startswith("_")}
     same = added == groups and own == {"defaults", "state", "param_groups"}
     assert same, "Optimizer.__init__ does something else: optimizer.py undoes what it did before"
+
+
+def test_a_trl_out_of_range_ends_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(trl_range, "version", lambda name: "1.99.0")
+    for start in (
+        lambda: command.main(["train", "recipes/quickstart/dpo.yaml"]),
+        lambda: command.main(["measure"]),
+        lambda: runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__"),
+    ):
+        with pytest.raises(SystemExit, match=r"^error: nspo2_trl needs trl.*, and trl 1\.99\.0 is installed: `pip"):
+            start()
+    with pytest.raises(ImportError, match="trl 1.99.0 is installed"):
+        getattr(nspo2_trl, "NSPO2DPOTrainer")  # noqa: B009
+    command.main(["env"])
+    assert "trl " in capsys.readouterr().out and nspo2_trl.NSPO2Config  # neither needs TRL

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from ..training.trl_range import refuse_trl
 from .words import nearest, with_config
 
 HELP = """usage: nspo2 COMMAND [options]
@@ -26,6 +27,10 @@ HELP = """usage: nspo2 COMMAND [options]
 def main(argv: list[str] | None = None) -> None:
     try:
         run(argv)
+    except ImportError as error:
+        if error.name is not None:  # else it is one of our sentences
+            raise
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # during the imports, which take seconds
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
@@ -39,6 +44,8 @@ def run(argv: list[str] | None) -> None:
     elif command == "--version":
         print(version("nspo2_trl"))
     elif command in COMMANDS:
+        if command in NEED_TRL:
+            refuse_trl()
         COMMANDS[command](rest)
     else:
         sys.exit(f"error: there is no command `nspo2 {command}`.{nearest(command, list(COMMANDS))}\n\n{HELP}")
@@ -162,3 +169,4 @@ def env(argv: list[str]) -> None:
 
 
 COMMANDS = {"train": train, "measure": measure, "retain": retain, "report": report, "env": env}
+NEED_TRL = ("train", "measure", "retain")
