@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import retain, retain_judge, retain_methods, retain_texts
+from bench import retain, retain_judge, retain_texts, retain_trainers
 
 from nspo2_trl.projections.retain.collect import InputSpace
 
@@ -87,7 +87,7 @@ def test_a_scale_is_chosen_by_loss_alone():
 
 def test_pairs_keep_the_prompts_end_and_the_answers_beginnings():
     pair = {"prompt_ids": list(range(100)), "chosen_ids": list(range(50)), "rejected_ids": [7]}
-    short = retain_methods.cut(pair)
+    short = retain_trainers.cut(pair)
     assert short["prompt_ids"] == list(range(52, 100))
     assert short["chosen_ids"] == list(range(40)) and short["rejected_ids"] == [7]
 
@@ -153,6 +153,21 @@ def test_a_study_has_all_rows_table_and_picture(study, capsys):
     assert "5 steps of 12 pairs at rate 0.004" in words and "KL term takes" in words
     retain_judge.show(rows, "tiny")
     assert "only scaled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", ["kto", "sft"])
+def test_other_trainers(tmp_path, trainer):
+    small = "--seeds 0 --steps 5 --learning_rate 4e-3 --ranks 3 --scales 1 --held_out 6 --chunks 8 --texts 2"
+    texts = ["--retain", str(TEXTS / "sums.jsonl.gz"), "--measure", f"sums={TEXTS / 'sums_test.jsonl.gz'}"]
+    argv = [*small.split(), *texts, "--trainer", trainer, "--methods", "kl2", "--output_dir", str(tmp_path)]
+    assert retain.run(argv) == 0
+    about, rows = retain_judge.read(tmp_path / "retain-quickstart.jsonl.gz")
+    assert f"5 {retain_judge.STEPS[trainer]}" in retain_judge.words(about)
+    assert len({tuple(run["losses"]) for run in about["runs"]}) == 2
+    fewer = [row for row in rows if row["control"] == "texts0002"]
+    assert len(fewer) == 1 and retain_judge.cells([fewer[0] | {"share": {}}])[1] == "3 of 2 texts"
+    losses = [row["loss"] for row in rows if row["method"] == "plain" and not row["rank"]]
+    assert len(set(losses)) == len(retain.ALONE)
 
 
 def test_finished_cells_are_skipped_and_missing_ones_made_again(study):

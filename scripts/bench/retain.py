@@ -32,8 +32,9 @@ from nspo2_trl.training.loading import load
 from nspo2_trl.training.retain import input_spaces, retained_batches
 
 from . import ROOT, retain_judge
-from .retain_methods import CHUNK, METHODS, PROJECTED, cut, train
+from .retain_methods import CHUNK, METHODS, PROJECTED, train
 from .retain_texts import GIVEN_CHUNKS, domains, given_texts, right_sums
+from .retain_trainers import TRAINERS, answer_losses, cut
 
 RANKS, SCALES = [12, 4, 1, 29], [1.0, 1.2, 1.5]
 ALONE = [1.0, 0.75, 0.6, 0.45, 0.3, 1.25, 1.5]  # scales of an adapter as it is
@@ -54,6 +55,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--measure", nargs="*", default=[], help="NAME=FILE: texts to measure on, instead of the usual kinds")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--methods", nargs="+", choices=METHODS, default=["kl2"], help="beside plain")
+    add(
+        "--trainer", choices=TRAINERS, default="dpo", help="SFT learns the chosen answers, and is judged by their loss"
+    )
+    add("--texts", type=int, nargs="*", default=[], help="K of plain's also of fewer texts: of so many each")
     add("--learning_rate", type=float, default=5e-4)
     add("--steps", type=int, default=34, help="of 12 pairs")
     add("--ranks", type=int, nargs="+", default=RANKS, help="directions taken out, in the order of measuring")
@@ -92,6 +97,8 @@ def lots(options: argparse.Namespace, method: str) -> list[tuple[str, list[Point
         found += [(f"rank{rank}", [Point(rank, scale) for scale in options.scales])]
         controls = CONTROLS if method == "plain" and i == 0 else ()
         found += [(f"{control}{rank}", [Point(rank, 1.0)]) for control in controls]
+        fewer = options.texts if method == "plain" and i == 0 else ()
+        found += [(f"texts{number:04}", [Point(rank, 1.0)]) for number in fewer]
     return found
 
 
@@ -121,6 +128,8 @@ class Meter:
         cache = self.options.output_dir / "spaces"
         control = next((name for name in CONTROLS if lot.startswith(name)), "")
         learned = self.known if control == "pairs" else self.learned
+        if lot.startswith("texts"):
+            learned, control = learned[: int(lot.removeprefix("texts"))], lot
         measured = next(iter(self.texts.values()))
         spaces = input_spaces(model, adapters, learned, measured, self.tokenizer, most, cache)
         if control == "random":
@@ -131,6 +140,9 @@ class Meter:
         rows = [asdict(point) | {"control": control} for point in points]
         for row, figures in zip(rows, preference(model, self.pairs, states)):
             row |= figures | {"retained": {}}
+        if self.options.trainer == "sft":
+            for row, loss in zip(rows, answer_losses(model, self.pairs, states)):
+                row["loss"] = loss
         for name, batches in self.texts.items():
             for row, figures in zip(rows, retention(model, batches, states)):
                 row["retained"][name] = figures
@@ -165,7 +177,7 @@ def run(argv: list[str]) -> int:
 
 def check_settings(options: argparse.Namespace) -> None:
     """Raises `SystemExit` where `--output_dir` has cells of other settings."""
-    same = ("model", "pairs", "retain", "measure", "learning_rate", "steps", "scales", "held_out", "chunks")
+    same = ("model", "pairs", "retain", "measure", "trainer", "learning_rate", "steps", "scales", "held_out", "chunks")
     mine, path = {name: getattr(options, name) for name in same}, options.output_dir / "settings.json"
     there = json.loads(path.read_text()) if path.exists() else mine
     if there != mine:

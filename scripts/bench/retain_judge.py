@@ -34,7 +34,12 @@ READING = """- One line per adapter, at the scale of lowest mean held-out loss; 
 - Seeds differ in the order of the pairs and the start of LoRA, not in what is measured on.
 - Controls: as many random orthonormal directions; K of the pairs' own texts; K of the next layer's input."""
 CONTROLS = {"": "directions", "random": "random", "pairs": "of the pairs", "layer": "of another layer"}
-LOTS = ("scaled", "rank", *filter(None, CONTROLS))  # names of lots begin so
+STEPS = {
+    "dpo": "steps of 12 pairs",
+    "kto": "steps of KTO on the answers of 12 pairs",
+    "sft": "steps of SFT on 12 chosen answers, whose loss per token on held-out pairs is the loss here,",
+}
+LOTS = ("scaled", "rank", "texts", *filter(None, CONTROLS))  # names of lots begin so
 
 
 def kl_at(rows: Sequence[Row], kind: str, loss: float) -> float | None:
@@ -91,7 +96,9 @@ def cells(group: Sequence[Row]) -> list[str]:
     """The line of a setting: what it is, seeds, loss, and per kind of text KL with its share."""
     first = group[0]
     method = METHODS[first["method"]].words
-    what = "only scaled" if not first["rank"] else f"{first['rank']} {CONTROLS[first['control']]}"
+    of = first["control"]
+    of = CONTROLS.get(of) or f"of {int(of.removeprefix('texts'))} texts"
+    what = f"{first['rank']} {of}" if first["rank"] else "only scaled"
     found = [method, what, f"{first['scale']:g}", str(len(group)), f"{mean(group, 'loss'):.3f}"]
     if "right" in first:
         found.append(f"{mean(group, 'right'):.3f}")
@@ -212,9 +219,8 @@ def read(path: Path) -> tuple[dict, list[Row]]:
 def words(about: dict) -> str:
     """What a study ran, and what the KL term takes of a step."""
     runs = [run for run in about["runs"] if run["retain_ms"]]
-    text = (
-        f"{about['steps']} steps of 12 pairs at rate {about['learning_rate']:g}, LoRA rank 16 on all linear layers. "
-    )
+    text = f"{STEPS[about.get('trainer', 'dpo')]} "
+    text = f"{about['steps']} {text}at rate {about['learning_rate']:g}, LoRA rank 16 on all linear layers. "
     text += (
         f"Measured on {about['held_out']} held-out pairs and at most {about['chunks']} pieces of text of each kind."
     )
@@ -227,7 +233,8 @@ def words(about: dict) -> str:
 def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
     """All runs and lots in `output_dir` into RAW/retain-NAME.jsonl.gz, shown as a table and drawn."""
     about = json.loads((output_dir / "settings.json").read_text())
-    about = {key: value for key, value in about.items() if not isinstance(value, (str, list))}  # without paths
+    kept = {"trainer": about["trainer"]}
+    about = kept | {key: value for key, value in about.items() if not isinstance(value, (str, list))}  # without paths
     about["runs"] = [
         {"adapter": path.parent.name} | json.loads(path.read_text())
         for path in sorted(output_dir.glob("*-s*/run.json"))

@@ -17,13 +17,11 @@ from peft.tuners.lora.config import CordaConfig
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from nspo2_trl import NSPO2DPOConfig, NSPO2DPOTrainer
-from nspo2_trl.engine.divergence import token_loss
-from nspo2_trl.projections.retain.passes import logits
-from nspo2_trl.projections.retain.texts import batches
 from nspo2_trl.training.loading import load
 
-PROMPT, ANSWER, CHUNK = 48, 40, 128  # tokens
+from .retain_trainers import TRAINERS
+
+CHUNK = 128  # tokens of a retained text
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -85,31 +83,6 @@ METHODS = {
 PROJECTED = ("plain", "kl0.5", "kl2", "kl8")  # whose adapters are projected after training
 
 
-def cut(pair: dict) -> dict:
-    """The end of the prompt, the beginnings of the answers."""
-    answers = {name: pair[name][:ANSWER] for name in ("chosen_ids", "rejected_ids")}
-    return {"prompt_ids": pair["prompt_ids"][-PROMPT:], **answers}
-
-
-class ShortPairs(NSPO2DPOTrainer):
-    """On pairs that are cut; with replay, where a method has it."""
-
-    replay = 0.0
-
-    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._prepare_dataset(*args, **kwargs).map(cut)
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not self.replay or not self.model.training:
-            return loss
-        drawn = torch.randint(len(self.nspo2_retained.texts), (1,)).item()
-        batch = batches([self.nspo2_retained.texts[drawn]], 0)[0]
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        own = token_loss(logits(model, batch)[0, :-1], batch["input_ids"][0, 1:]).mean()
-        return self._nspo2_add(loss, self.replay, own, *args, **kwargs)
-
-
 def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfig, folder: Path) -> Any:
     """A model whose adapter and residual weights are CorDA's; its start is kept in `folder` to convert it back."""
 
@@ -134,16 +107,16 @@ def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, f
     """One run, its adapter into `folder`, with run.json: losses, seconds, time of a step and of the KL term in it."""
     if (folder / "run.json").exists():
         return
-    method = METHODS[name]
+    method, (config_class, kind, rows, examples) = METHODS[name], TRAINERS[options.trainer]
     config = {
         "output_dir": str(folder),
         "max_steps": round(options.steps * method.steps),
-        "per_device_train_batch_size": 6,
+        "per_device_train_batch_size": examples,
         "gradient_accumulation_steps": 2,
         "learning_rate": options.learning_rate * method.rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": 4,
-        "beta": 0.1,
+        **({} if options.trainer == "sft" else {"beta": 0.1}),
         "seed": seed,
         "logging_steps": 1,
         "save_steps": 4,  # a run that was cut off goes on from here
@@ -165,10 +138,10 @@ def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, f
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     lora = LoraConfig(**(LORA | method.lora), task_type="CAUSAL_LM")
     start = folder / "start"
-    trainer = ShortPairs(
+    trainer = kind(
         corda_start(model, texts, tokenizer, lora, start) if method.corda else model,
-        args=NSPO2DPOConfig(**config),
-        train_dataset=load(options.pairs, option="--pairs")["train"],
+        args=config_class(**config),
+        train_dataset=rows(load(options.pairs, option="--pairs")["train"]),
         processing_class=tokenizer,
         peft_config=None if method.corda else lora,
         retain_dataset=texts if method.given and not method.corda else None,
