@@ -219,7 +219,7 @@ def test_commands_parse(page, monkeypatch):
         else:
             script = words[1]
             if words[0] == "nspo2":
-                script = f"nspo2_trl/cli/{'retain' if words[1] == 'retain' else 'report'}.py"
+                script = f"nspo2_trl/cli/{'retain_arguments' if words[1] == 'retain' else 'report'}.py"
             if words[0] == "nspo2" or words[0] == "python" and script.endswith(".py"):
                 text = Path(script).read_text()
                 for part in ("convergence", "retain"):

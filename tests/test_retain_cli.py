@@ -1,9 +1,11 @@
 """`nspo2 retain`: what it writes, which point it keeps, what it refuses before it works."""
 
 import json
+import shutil
 
 import pytest
 from retained import adapted, sentences
+from safetensors.torch import load_file, save_file
 
 from nspo2_trl.cli import command, retain
 from nspo2_trl.cli.frontier import choose, scaled_kl
@@ -107,7 +109,16 @@ def test_nothing_is_overwritten_and_nothing_is_read_before(adapter, texts, tmp_p
         (["--retain_dataset", "answers", "--dataset_name", "pairs"], "are texts of the preference pairs"),
         (["--retain_dataset", "chosen", "--dataset_name", "pairs"], "are texts of the preference pairs"),
         (["--model_name_or_path", "nowhere"], "The base model 'nowhere' could not be loaded"),
-        (["--rank", "3"], "unrecognized arguments: --rank"),
+        (
+            ["--max_loss_increase", "-1", "--dataset_name", "pairs"],
+            "`--max_loss_increase` must be a number of at least 0",
+        ),
+        (["--max_loss_increase", "nan", "--dataset_name", "pairs"], "`--max_loss_increase` must be a number"),
+        (["--ranks", "4", "--scales", "1"], "`--ranks` and `--scales`: without pairs there is nothing to choose by"),
+        (["--retain_samples", "0"], "`--retain_samples` must be a whole number of at least 2"),
+        (["--output_dir", ""], "`output_dir` is empty"),
+        (["--output_dir", "prose"], "is a file: choose a folder"),
+        (["--rank", "3"], "There is no option `--rank`. Did you mean `--ranks`?"),
     ],
 )
 def test_what_cannot_work_is_refused(adapter, texts, few_pairs, pairs, tmp_path, options, message):
@@ -124,6 +135,15 @@ def test_what_cannot_work_is_refused(adapter, texts, few_pairs, pairs, tmp_path,
     options = ["--retain_dataset", texts, "--output_dir", out, *(files.get(option, option) for option in options)]
     assert message in refused(adapter, *options)
     assert not list(out.glob("adapter*"))
+
+
+def test_an_adapter_of_a_diverged_run_is_refused(adapter, texts, tmp_path):
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    weights = load_file(broken / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, broken / "adapter_model.safetensors")
+    message = refused(broken, "--retain_dataset", texts, "--output_dir", tmp_path / "out")
+    assert message == "error: The adapter 'default' has NaN or Inf in its weights: its training diverged."
 
 
 def test_no_adapter_is_refused(texts, tmp_path):

@@ -102,7 +102,7 @@ def test_model_options_reach_the_model(tmp_path):
         (["--dataset_name", "./nowhere.jsonl"], "`dataset_name`: there is no file or folder './nowhere.jsonl'"),
         (["--dataset_name", "README.md"], "`dataset_name` 'README.md': a file must end in"),
         (["--dataset_train_split", "training"], "`dataset_train_split` is 'training', but the dataset has"),
-        (["--resume_from_checkpoint", "true"], "has no checkpoint: leave it out to start anew"),
+        (["--resume_from_checkpoint", "true"], "has no checkpoint. To start anew, leave it out, and"),
         (["--resume_from_checkpoint", "./nowhere"], "`resume_from_checkpoint`: there is no folder './nowhere'"),
         (["--use_peft", "false"], "No trainable LoRA adapter was found"),
         (["--nspo2_projection_rnak", "8"], "no option `--nspo2_projection_rnak`. Did you mean `--nspo2_projection_ra"),
@@ -118,7 +118,7 @@ def test_model_options_reach_the_model(tmp_path):
         (["--output_dir", "README.md/out"], "`output_dir` 'README.md/out' cannot be made in "),
         (["--model_name_or_path", "./nowhere"], "`model_name_or_path`: there is no folder './nowhere'"),
         (["--model_name_or_path", "nowhere"], "`model_name_or_path`: there is no folder 'nowhere', and as a hub id"),
-        (["--config", "recipes/none.yaml"], "there is no recipe 'recipes/none.yaml'"),
+        (["--config", "recipes/none.yaml"], "`--config` 'recipes/none.yaml': there is no such recipe"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, extra, message):
@@ -206,7 +206,9 @@ def test_a_run_too_short_to_project_says_so(tmp_path, capsys, every):
     """Steps after the last log count too."""
     train.main(command(tmp_path, "--logging_steps", "10", "--nspo2_update_freq", str(every), steps=3))
     said = capsys.readouterr().out
-    assert ("NSPO2 projected nothing: the first basis comes after 50 steps" in said) == (every == 50)
+    assert ("NSPO2 projected nothing: the first basis comes after `nspo2_update_freq` (50) steps" in said) == (
+        every == 50
+    )
     assert any(entry.get("nspo2/active") for entry in logged(tmp_path / "out")) == (every == 2)
 
 

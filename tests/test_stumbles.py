@@ -14,13 +14,14 @@ import pytest
 import torch
 import yaml
 from conftest import MODEL, ROOT
+from datasets import Dataset
 from rich.console import Console
 from test_scripts import RECIPE, command, few_rows, refused
 from transformers import AutoTokenizer, TrainerState
 from transformers.utils.logging import set_verbosity_warning
 from trl import DPOTrainer
 
-from nspo2_trl.cli import checks, retain, train
+from nspo2_trl.cli import checks, measure, retain, train
 from nspo2_trl.cli.lines import WATCHED, BriefTable
 from nspo2_trl.cli.threads import few_threads
 from nspo2_trl.cli.words import with_config
@@ -128,6 +129,37 @@ def test_values_in_a_recipe_that_fit_nowhere(tmp_path, text, message):
         train.parse(in_recipe(tmp_path, text))
 
 
+def test_a_key_that_stands_twice(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text((ROOT / RECIPE).read_text() + "\nbeta: 0.2\nbeta: 0.3\n")
+    assert "is no YAML: `beta` stands twice" in refused(capsys, [str(tmp_path / "r.yaml")])
+
+
+@pytest.mark.parametrize("none", ["none", "null", ""])
+def test_texts_of_a_recipe_are_left_out(tmp_path, none):
+    argv = [RECIPE, "--use_cpu", "true", "--output_dir", str(tmp_path)]
+    assert train.parse(argv)[1].nspo2_retain_dataset
+    assert train.parse([*argv, "--nspo2_retain_dataset", none])[1].nspo2_retain_dataset is None
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config"], "`--config` takes one recipe"),
+        (["--config", RECIPE, "--config", RECIPE], "`--config` takes one recipe"),
+        ([RECIPE, "--use_cpu", "true", "stray"], "['stray'] belongs to no option"),
+        (["recipes"], "`--config` 'recipes': is a folder, not a recipe"),
+    ],
+)
+def test_one_recipe(capsys, argv, message):
+    assert message in refused(capsys, argv)
+
+
+def test_the_name_of_one_module_is_no_pattern(tmp_path):
+    found = train.build(*train.parse(command(tmp_path, "--lora_target_modules", "q_proj", "--eval_strategy", "no")))
+    adapted = {name.split(".lora_A")[0] for name, _ in found.model.named_parameters() if ".lora_A." in name}
+    assert adapted and all(name.endswith(".q_proj") for name in adapted)
+
+
 def test_a_recipe_in_another_encoding(tmp_path, capsys):
     text = "# café\n" + (ROOT / "recipes/quickstart/dpo.yaml").read_text()
     (tmp_path / "r.yaml").write_bytes(text.encode("utf-8-sig"))
@@ -163,6 +195,10 @@ def test_a_recipe_in_another_encoding(tmp_path, capsys):
         ('--lr_scheduler_kwargs {"a":1}', "for `lr_scheduler_type: linear`: get_linear_schedule_with_warmup() got"),
         ("--lr_scheduler_type cosine_with_min_lr", "`lr_scheduler_kwargs` None for `lr_scheduler_type: cosine_with_"),
         ("--metric_for_best_model rewards/accuracie", "Did you mean `rewards/accuracies`?"),
+        ("--label_smoothing 0.5", "`label_smoothing` must be a number from 0 to below 0.5, got 0.5"),
+        ("--lora_dropout 1", "`lora_dropout` must be a number of at least 0 and below 1, got 1"),
+        ("--eval_strategy steps --dataset_test_split train", "`dataset_test_split` is 'train', which is trained on"),
+        ('--model_init_kwargs {"foo":1}', "unexpected keyword argument 'foo': leave it out of the mapping"),
         ("--sync_ref_model true", "You passed `sync_ref_model=True` while using a PEFT model"),
         ("--eval_strategy no --adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--report_to nonesuch", "`report_to`: 'nonesuch' is none of azure_ml"),
@@ -360,7 +396,19 @@ def test_pairs_for_nspo2_retain(tmp_path, capsys):
     with pytest.raises(ValueError, match="has no chat template"):
         retain.load_pairs(args, tokenizer)
     options = retain.parse(
-        ["a", "--retain_dataset", "b", "--output_dir", "c", "--ranks", "1,4", "--point", "[4, 1.2]"]
+        [
+            "a",
+            "--retain_dataset",
+            "b",
+            "--dataset_name",
+            "d",
+            "--output_dir",
+            "c",
+            "--ranks",
+            "1,4",
+            "--point",
+            "[4, 1.2]",
+        ]
     )
     assert options.ranks == [1, 4] and (options.point.rank, options.point.scale) == (4, 1.2)
 
@@ -370,7 +418,7 @@ def test_pairs_for_nspo2_retain(tmp_path, capsys):
 
 @pytest.mark.parametrize("lost", [1, 6, 7])
 @pytest.mark.parametrize("held_out", ["no", "steps"])
-def test_rows_with_too_long_a_prompt_are_counted(tmp_path, capsys, lost, held_out):
+def test_rows_with_too_long_a_prompt_are_counted(tmp_path, caplog, lost, held_out):
     rows = few_rows(tmp_path / "a.jsonl", 12 if held_out == "no" else 13)
     for row in rows[3 : 3 + lost]:
         row["prompt"] = "Ada " * 200
@@ -384,12 +432,48 @@ def test_rows_with_too_long_a_prompt_are_counted(tmp_path, capsys, lost, held_ou
             train.build(*train.parse(argv))
         argv += ["--allow_dropped_rows", "true"]
     train.build(*train.parse(argv))
-    said = capsys.readouterr().out
+    said = caplog.text
     assert words in said and "(the first is 1), 'Ada Ada Ada " in said
     assert held_out == "steps" or f"{lost} of {words} is row 4 (" in said
 
 
+@pytest.mark.parametrize("options", ["--dataset_streaming true", "--dataloader_drop_last true --max_length 999"])
+@pytest.mark.parametrize("start", [train.main, measure.main])
+def test_a_run_without_a_step_is_no_success(tmp_path, capsys, options, start):
+    rows = few_rows(tmp_path / "a.jsonl", 3)
+    (tmp_path / "a.jsonl").write_text(lines(*(row | {"prompt": "Ada " * 200} for row in rows)))
+    argv = command(tmp_path, "--dataset_name", str(tmp_path / "a.jsonl"), "--eval_strategy", "no", *options.split())
+    with pytest.raises(SystemExit) as stopped:
+        start([*argv, "--per_device_train_batch_size", "4", "--nspo2_retain_dataset", "none"])
+    assert "error: no step was taken, since the training data gives no batch" in str(stopped.value)
+    assert not list(tmp_path.rglob("adapter*")) and not list(tmp_path.rglob("noise.json"))
+
+
+def test_rows_that_a_script_loses_or_lacks(tmp_path, pairs, make_trainer, caplog):
+    rows = pairs.select(range(6)).to_list()
+    rows[2]["prompt"] = "Ada " * 200
+    make_trainer(trainer={"train_dataset": Dataset.from_list(rows)}, max_length=128)
+    assert "1 of 6 training rows are left out, since their prompts alone have `max_length` (128)" in caplog.text
+    rows[4]["rejected"] = None
+    with pytest.raises(ValueError, match=r"Row 5 of `train_dataset` \(the first is 1\) has no `rejected`"):
+        make_trainer(trainer={"train_dataset": Dataset.from_list(rows)})
+
+
+def test_measuring_a_diverged_run_is_no_success(tmp_path, capsys):
+    argv = command(tmp_path, "--eval_strategy", "no", "--learning_rate", "1e30", "--nspo2_retain_dataset", "none")
+    with pytest.raises(SystemExit) as stopped:
+        measure.main([*argv, "--warmup_steps", "0", "--max_steps", "5"])
+    assert "error: the loss or a gradient was not finite from step" in str(stopped.value)
+
+
 # ---- what is there already ----
+
+
+def test_a_finished_runs_folder_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/trainer_state.json").write_text("{}")
+    argv = command(tmp_path, "--resume_from_checkpoint", str(tmp_path / "run"))
+    assert "has an adapter, but no optimizer to go on with: name a folder checkpoint-N" in refused(capsys, argv)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +18,7 @@ from .checks import check_values
 from .recipe import make_parser, read_recipe
 from .words import nearest, spell_out, with_config
 
+RETAIN, NONE = "--nspo2_retain_dataset", ("", "none", "null", "no", "false")  # the recipe's texts are left out
 HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
 
   {prog} recipes/quickstart/dpo.yaml
@@ -84,12 +86,19 @@ def parse(argv: list[str]) -> tuple:
     if "--config" in argv:
         at = argv.index("--config")
         path = Path((argv + [""])[at + 1])
+        if at + 1 == len(argv) or argv.count("--config") > 1:
+            raise ValueError("`--config` takes one recipe, such as recipes/quickstart/dpo.yaml.")
         if not path.is_file():
-            raise FileNotFoundError(f"`--config`: there is no recipe {str(path)!r}.")
+            what = "is a folder, not a recipe" if path.is_dir() else "there is no such recipe"
+            raise FileNotFoundError(f"`--config` {str(path)!r}: {what}.")
         recipe = read_recipe(path, parser)
         os.environ |= {name: str(value) for name, value in recipe.pop("env", {}).items()}
         parser.set_defaults_with_config(**recipe)
         del argv[at : at + 2]
+    off = next((i for i, pair in enumerate(zip(argv, argv[1:])) if pair[0] == RETAIN and pair[1].lower() in NONE), -1)
+    if off >= 0:
+        parser.set_defaults(nspo2_retain_dataset=None)
+        del argv[off : off + 2]
     known = [option for action in parser._actions for option in action.option_strings]
     for arg in argv:
         flag = arg.split("=")[0]
@@ -100,6 +109,8 @@ def parse(argv: list[str]) -> tuple:
     try:
         script_args, args, model_args, mixture = parser.parse_args_into_dataclasses(spell_out(argv, lists))
     except ValueError as error:
+        if unknown := re.search(r"not used by the HfArgumentParser: (\[.*\])", str(error)):
+            raise ValueError(f"{unknown[1]} belongs to no option: one recipe, and options with `--`.") from error
         if "bf16/gpu" not in str(error):
             raise
         raise ValueError(
@@ -127,11 +138,17 @@ def checkpoint_to_resume(args: NSPO2DPOConfig) -> str | None:
         if not Path(wanted).is_dir():
             raise ValueError(f"`resume_from_checkpoint`: there is no folder {wanted!r}.")
         refuse_half(wanted)
+        if not list(Path(wanted).glob("rng_state*")):  # which each checkpoint has, and a finished run's folder not
+            raise ValueError(
+                f"`resume_from_checkpoint`: {wanted!r} has an adapter, but no optimizer to go on with: name a folder "
+                "checkpoint-N, or set `true` for the last one in `output_dir`."
+            )
         return wanted
     if found is None:
-        lacks = f"whole checkpoint: {half}. Leave" if half else "checkpoint: leave"
+        lacks = f"whole checkpoint: {half}" if half else "checkpoint"
         raise ValueError(
-            f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no {lacks} it out to start anew."
+            f"`resume_from_checkpoint` is set, but {args.output_dir!r} has no {lacks}. To start anew, leave it "
+            "out, and choose another `--output_dir` if this one holds an adapter."
         )
     return found
 

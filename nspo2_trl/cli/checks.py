@@ -28,7 +28,10 @@ _NOT_NEGATIVE = option(None, lambda v: is_number(v) and v >= 0, "a number of at 
 _WHOLE = whole(1, "", least=1)
 RANGES: dict[str, Field] = {
     **dict.fromkeys(("learning_rate", "beta", "weight_decay", "warmup_steps", "max_grad_norm"), _NOT_NEGATIVE),
-    **dict.fromkeys(("num_train_epochs", "lora_dropout", "logging_steps", "save_steps"), _NOT_NEGATIVE),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), _NOT_NEGATIVE),
+    "lora_dropout": option(None, lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1", ""),
+    # at 0.5 both answers are as good, above it the rejected one is better
+    "label_smoothing": option(None, lambda v: is_number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5", ""),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "lora_r", "lora_alpha"), _WHOLE),
     "gradient_accumulation_steps": _WHOLE,
     "max_length": option(
@@ -56,14 +59,7 @@ def check_values(
         raise ValueError(f"`model_name_or_path`: the folder {model!r} {words}.")
     if args.world_size < int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError("Several processes were launched, but each would train for itself: add `--use_cpu true`.")
-    out = Path(str(args.output_dir))
-    if not args.output_dir:
-        raise ValueError("`output_dir` is empty: name a folder, it will be made.")
-    if out.is_file():
-        raise ValueError(f"`output_dir` {str(out)!r} is a file: choose a folder, it will be made.")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(there, os.W_OK) or not there.is_dir():
-        raise ValueError(f"`output_dir` {str(out)!r} cannot be made in {str(there)!r}: choose another folder.")
+    check_output_dir(args.output_dir)
     for name, row in RANGES.items():
         check(row, name, getattr(args, name, getattr(model_args, name, None)))
     refuse_arguments(args)
@@ -72,6 +68,18 @@ def check_values(
             raise ValueError(f"`loss_type`: {kind!r} is none of {', '.join(LOSS_TYPES)}.{nearest(kind, LOSS_TYPES)}")
     if not script_args.dataset_name and not mixture.datasets:
         raise ValueError("`dataset_name` is missing: set it to a hub id, a local folder or a .jsonl or .parquet file.")
+
+
+def check_output_dir(output_dir: str | None) -> None:
+    """Raises `ValueError` where the folder cannot be made or written to."""
+    out = Path(str(output_dir))
+    if not str(output_dir or "").strip():
+        raise ValueError("`output_dir` is empty: name a folder, it will be made.")
+    if out.is_file():
+        raise ValueError(f"`output_dir` {str(out)!r} is a file: choose a folder, it will be made.")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        raise ValueError(f"`output_dir` {str(out)!r} cannot be made in {str(there)!r}: choose another folder.")
 
 
 def check_packages(args: NSPO2DPOConfig, model_args: ModelConfig) -> None:

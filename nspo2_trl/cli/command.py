@@ -86,7 +86,8 @@ def train(argv: list[str]) -> None:
         options += ["--num_processes", str(launch.num_processes)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "nspo2_trl.cli.train", *argv]
     environment = dict(os.environ)
-    from .train import in_a_sentence, read
+    from .endings import in_a_sentence
+    from .train import read
 
     with in_a_sentence():  # here, since the launcher would add its traceback
         read(argv)

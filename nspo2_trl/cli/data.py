@@ -55,6 +55,11 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
     train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
     if train_name not in data:
         raise ValueError(f"`dataset_train_split` is {train_name!r}, but the dataset has {', '.join(data)}.")
+    if train_name == test_name and args.eval_strategy != "no":
+        raise ValueError(
+            f"`dataset_test_split` is {test_name!r}, which is trained on: name another split, or leave it out to have "
+            "some rows held out where there is no split `test`."
+        )
     wanted = [train_name] + [test_name] * (args.eval_strategy != "no" and test_name in data)
     named = {column: getattr(script_args, f"{column}_column") for column in COLUMNS}
     data = {split: settle(data[split], f"{name}, split {split}", named, args.process_index == 0) for split in wanted}
@@ -88,34 +93,10 @@ def tell_of_long_rows(dataset: Any, args: NSPO2DPOConfig) -> None:
         print(f"{cut} of {len(dataset)} training pairs are longer than `max_length` ({args.max_length}) and are cut.")
 
 
-def tell_of_lost_rows(name: str, given: Any, kept: Any, args: NSPO2DPOConfig, allowed: bool) -> None:
-    """Say how many of the rows `given` TRL has left out, those whose prompt alone fills `max_length`, and the first.
-
-    Raises:
-        ValueError: all were, or more than half of the training rows and not `allowed`.
-    """
-    if not isinstance(given, Dataset) or not isinstance(kept, Dataset) or len(kept) == len(given):
-        return
-    if len(kept) == 0:
+def refuse_to_lose_most(given: Any, kept: Any, allowed: bool) -> None:
+    """Raises `ValueError` where TRL has left out more than half of the training rows `given`, and not `allowed`."""
+    if isinstance(given, Dataset) and isinstance(kept, Dataset) and 2 * len(kept) < len(given) and not allowed:
         raise ValueError(
-            f"No row of the {name} set is left: each prompt alone has `max_length` ({args.max_length}) tokens or "
-            "more. Raise `max_length`."
+            f"{len(given) - len(kept)} of {len(given)} training rows are left out, more than half. Raise "
+            "`max_length`, or go on with `--allow_dropped_rows true`."
         )
-    lost = set(range(len(given))) - set(_numbers(kept))
-    number, row = min((_numbers(given)[i], i) for i in lost)
-    text = given[row].get("prompt", given[row]["chosen"])
-    text = text if isinstance(text, str) else str(text[0]["content"])
-    words = (
-        f"{len(lost)} of {len(given)} {name} rows are left out, since their prompts alone have `max_length` "
-        f"({args.max_length}) tokens or more; the first is row {number + 1} (the first is 1), {text[:40]!r}"
-    )
-    if name == "training" and 2 * len(lost) > len(given) and not allowed:
-        raise ValueError(f"{words}. Raise `max_length`, or go on with `--allow_dropped_rows true`.")
-    if args.process_index == 0:
-        print(f"{words}.")
-
-
-def _numbers(dataset: Dataset) -> list[int]:
-    """For each row its number in the table that the dataset is a selection of."""
-    table = dataset._indices
-    return list(range(len(dataset))) if table is None else table.column(0).to_pylist()

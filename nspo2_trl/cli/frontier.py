@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from .words import read_json
 
 # One entry of `points`, as retain.json has it: rank, scale, form; loss, accuracy, margin where there are pairs; and
 # `retained`, by name of the texts, with kl and loss_rise.
@@ -99,7 +100,7 @@ def draw(points: Sequence[Entry], chosen: Entry, path: Path) -> None:
 
 def section(name: str, folder: Path) -> str:
     """HTML of what `nspo2 retain` left in `folder`: its table, the kept point in bold, and its picture."""
-    result = json.loads((folder / "retain.json").read_text())
+    result = read_json(folder / "retain.json", "points", "chosen")
     points, sets = result["points"], list(result["points"][0]["retained"])
     measured = [key for key in PREFERENCE if key in points[0]]
     head = ["directions", "scale", *(PREFERENCE[key] for key in measured)]

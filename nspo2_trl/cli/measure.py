@@ -1,4 +1,4 @@
-"""Measure the gradient noise of a recipe: which batch pays, and which modules learn. Nothing is changed or saved.
+"""Measure the gradient noise of a recipe: which batch pays, and which modules learn. No adapter is saved.
 
     nspo2 measure --config RECIPE.yaml [--steps N] [--any_field value]
 
@@ -21,9 +21,12 @@ from transformers import Trainer, TrainerCallback
 
 from ..training.summary import noise_summary
 from .arguments import parse
+from .endings import in_a_sentence, refuse_diverged, refuse_no_step
+from .lines import show_logs
 from .noise import NOISE, show
 from .threads import few_threads
-from .train import build, in_a_sentence
+from .train import build
+from .words import with_config
 
 # a running mean over some 10 steps: a longer one lags behind the gradient, and the signal would look too small
 OWN = ["--nspo2_cov_momentum", "0.9"]
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     own, rest = parser.parse_known_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with in_a_sentence("measuring"):
-        parsed = parse([*OWN, *rest] if rest else [])
+        parsed = parse([*OWN, *with_config(rest)] if rest else [])
         args = parsed[1]
         few_threads(args.device.type == "cpu")
         args.nspo2_enabled, args.nspo2_projection_rank, args.nspo2_retain_dataset = True, 0, None
@@ -76,10 +79,12 @@ def main(argv: list[str] | None = None) -> None:
             args.max_steps = own.steps
         trainer = build(*parsed)
     main_process = trainer.accelerator.is_main_process
+    show_logs(trainer)
     try:
         found = measure(trainer, own.steps)
     except KeyboardInterrupt:  # what was measured is worth as much
         found = noise_summary(trainer)
+    refuse_no_step(trainer)
     if main_process:
         show(found, Console())
         path = Path(str(args.output_dir)) / NOISE
@@ -87,3 +92,4 @@ def main(argv: list[str] | None = None) -> None:
         path.write_text(json.dumps(found, indent=1))
         print(f"All figures: {path}")
     trainer.end()
+    refuse_diverged(trainer)

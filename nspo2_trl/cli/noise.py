@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from .words import read_json
 
 NOISE = "noise.json"
 MODULES = 8  # that the table shows
@@ -32,6 +33,6 @@ def section(name: str, folder: Path) -> str:
     """HTML of what `nspo2 measure` left in `folder`. Needs matplotlib."""
     from .plots import draw_noise
 
-    found = json.loads((folder / NOISE).read_text())
+    found = read_json(folder / NOISE, "sentences", "modules")
     sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found["sentences"])
     return f"<h2>Noise and signal: {html.escape(name)}</h2>\n<ul>{sentences}</ul>\n{draw_noise(found)}"

@@ -23,6 +23,16 @@ TAKES = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two values one would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"`{twice[0]}` stands twice, line {node.start_mark.line + 1} and on")
+        return super().construct_mapping(node, deep)
+
+
 def make_parser() -> TrlParser:
     parser = TrlParser(KINDS)  # type: ignore[arg-type]  # TRL's name for a dataclass type fits none
     for action in parser._actions:
@@ -38,7 +48,7 @@ def read_recipe(path: Path, parser: TrlParser) -> dict[str, Any]:
         ValueError: no YAML mapping, a key that is no option, a value that is none for it.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        recipe = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(recipe, dict):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,76 +23,22 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
-from ..layout.roles import input_adapters, unprotected
+from ..layout.roles import unprotected
 from ..projections.retain.collect import mean_leakage
 from ..projections.retain.measure import retention
 from ..projections.retain.pairs import pair_batches, preference, tokenize_pairs
-from ..projections.retain.project import FORMS, Point, put, starts
+from ..projections.retain.project import put, starts
 from ..projections.retain.texts import Batch, check_texts, hold_out, refuse_same_texts
 from ..training.checkpoints import refuse_trained
 from ..training.loading import load
-from ..training.retain import check_point, input_spaces, retained_batches, retained_texts
+from ..training.retain import input_spaces, retained_batches, retained_texts, sound_adapters
 from .frontier import Entry, choose, draw, scaled_kl, show
+from .retain_arguments import LOSS_INCREASE, parse
 from .shapes import no_template, settle
 from .threads import few_threads
-from .words import spell_out
 
-GIVEN = Point(0, 1.0)
-RANKS = [0, 1, 4, 12, 32]
-SCALES = [0.5, 0.75, 1.0, 1.2, 1.5]
 PAIRS = 256  # held-out pairs that are measured on
 KNOWN_PAIRS = 1000  # pairs of each split that retained texts are compared with
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="nspo2 retain",
-        description="Project a LoRA adapter off the directions that its inputs have on texts the model should go on "
-        "reading as before. With preference pairs a grid of ranks and scales is measured, and the point with the "
-        "lowest KL is written whose held-out loss the options allow.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("adapter", help="Folder or hub id of a LoRA adapter.")
-    add(
-        "--retain_dataset",
-        nargs="+",
-        required=True,
-        help="Texts to retain: hub ids, folders or files; `self`: the base model writes them.",
-    )
-    add("--retain_eval_dataset", nargs="*", default=[], help="Texts that are measured on alone.")
-    add("--dataset_name", help="Preference pairs: hub id, folder or file; the split `test`, or else all rows.")
-    add("--output_dir", required=True, help="Where the projected adapter goes.")
-    add("--model_name_or_path", help="The base model, if not the one that the adapter names.")
-    add("--ranks", type=int, nargs="+", default=RANKS, help="Directions taken out of each input; 0 only scales.")
-    add("--scales", type=float, nargs="+", default=SCALES, help="Factors of what is left of the adapter.")
-    add("--form", choices=FORMS, default="hard", help="How directions are taken out.")
-    add("--point", nargs=2, metavar=("RANK", "SCALE"), help="Write this point instead of the one that is chosen.")
-    add("--max_loss_increase", type=float, default=0.02, help="Share by which the held-out loss may rise.")
-    add("--beta", type=float, default=0.1, help="DPO's beta, for loss and margin.")
-    add("--max_length", type=int, default=1024, help="Tokens of a pair.")
-    add("--retain_samples", type=int, default=256, help="Texts of each retained dataset.")
-    add("--retain_max_length", type=int, default=512, help="Tokens of each retained text.")
-    add("--dtype", default=None, help="Of the base model; float32 on a CPU, else its own.")
-    add("--load_in_4bit", action="store_true", help="The base model in 4 bits (QLoRA).")
-    parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
-    args = parser.parse_args(spell_out(argv, ["--ranks", "--scales", "--point"]))
-    if args.point:
-        try:
-            args.point = Point(int(args.point[0]), float(args.point[1]), args.form)
-        except ValueError as error:
-            raise ValueError(f"`--point` takes a rank and a scale, such as 12 1.2, got {args.point}.") from error
-    grid = [Point(rank, scale, args.form) for rank in dict.fromkeys([0, *args.ranks]) for scale in args.scales]
-    if not args.dataset_name:
-        grid = [args.point or Point(form=args.form)]
-    elif args.point:
-        grid.append(args.point)
-    for point in grid:
-        check_point(point)
-    args.grid = list(dict.fromkeys([GIVEN, *(Point(p.rank, p.scale, p.form if p.rank else "hard") for p in grid)]))
-    if args.point and not args.point.rank:
-        args.point = Point(0, args.point.scale)
-    return args
 
 
 def load_model(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
@@ -147,7 +94,7 @@ def retain(args: argparse.Namespace) -> dict[str, Any]:
     """All that `retain.json` has, with the adapter written; see the module's docstring."""
     refuse_trained(args.output_dir)
     model, tokenizer, base = load_model(args)
-    adapters = input_adapters(model, "default")
+    adapters = sound_adapters(model, "default")
     learned: list[list[int]] = []
     measured: dict[str, list[Batch]] = {}
     samples, length, folder = args.retain_samples, args.retain_max_length, args.output_dir
@@ -181,7 +128,8 @@ def retain(args: argparse.Namespace) -> dict[str, Any]:
     if args.point or not pairs:
         chosen = points[args.grid.index(args.point or args.grid[-1])]
     else:
-        chosen = choose(points, names, args.max_loss_increase)
+        allowed = LOSS_INCREASE if args.max_loss_increase is None else args.max_loss_increase
+        chosen = choose(points, names, allowed)
     states[points.index(chosen)]()
     result = {
         **{"adapter": args.adapter, "base": base, "dataset_name": args.dataset_name, "beta": args.beta},
@@ -227,6 +175,7 @@ def report(result: dict[str, Any], output_dir: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         few_threads(not torch.cuda.is_available())

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
+from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -23,12 +23,12 @@ from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantiza
 from ..training.card import means, measured
 from ..training.checkpoints import CheckpointError, first_line, last_whole
 from ..training.dpo import NSPO2DPOTrainer
-from ..training.mixin import DIVERGED
 from ..training.options import NSPO2DPOConfig
 from ..training.resuming import refuse_other_adapter
 from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .checks import CheckBestMetric, check_packages, clearer
-from .data import NSPO2ScriptArguments, splits, tell_of_long_rows, tell_of_lost_rows
+from .data import NSPO2ScriptArguments, refuse_to_lose_most, splits, tell_of_long_rows
+from .endings import in_a_sentence, leave, refuse_diverged, refuse_no_step
 from .lines import show_logs
 from .shapes import RowError
 from .threads import few_threads
@@ -58,7 +58,7 @@ def build(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
+            peft_config=lora_config(model_args),
         )
     except (ImportError, ValueError) as error:
         raise clearer(error, args, model_args) from error
@@ -68,12 +68,17 @@ def build(
         words = f"`model_name_or_path`: there is no folder {model!r}, and as a hub id it could not be loaded."
         raise OSError(f"{words} {error}") from error
     tell_of_long_rows(trainer.train_dataset, args)
-    for name, given, kept in (
-        ("training", train_dataset, trainer.train_dataset),
-        ("evaluation", eval_dataset, trainer.eval_dataset),
-    ):
-        tell_of_lost_rows(name, given, kept, args, script_args.allow_dropped_rows)
+    refuse_to_lose_most(train_dataset, trainer.train_dataset, script_args.allow_dropped_rows)
     return trainer
+
+
+def lora_config(model_args: ModelConfig) -> PeftConfig | None:
+    """TRL's, which takes the name of a single module for a pattern that whole paths must match."""
+    found: Any = get_peft_config(model_args)
+    target = getattr(found, "target_modules", None)
+    if isinstance(target, str) and target.isidentifier():
+        found.target_modules = {target}
+    return found
 
 
 def before_and_after(history: Sequence[dict]) -> dict[str, dict[str, float | None]]:
@@ -119,33 +124,12 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         console.print(table)
         idle = not figures.get("active") and trainer.args.nspo2_projection_rank > 0
         if idle and trainer.nspo2 is not None and trainer.nspo2_diverged_at is None:
-            first = f"{trainer.args.nspo2_update_freq} steps (`nspo2_update_freq`)"
+            first = f"`nspo2_update_freq` ({trainer.args.nspo2_update_freq}) steps"
             print(
                 f"NSPO2 projected nothing: the first basis comes after {first}, and the first log after that shows it."
             )
     print(f"Adapter: {trainer.args.output_dir}")
     print(f"All logged figures: {Path(str(trainer.args.output_dir)) / 'trainer_state.json'}")
-
-
-def leave(message: str, main_process: bool) -> NoReturn:
-    """End as an interrupted command does; what is to be said stands below the progress bar, and once."""
-    if main_process:
-        print(f"\n{message}", file=sys.stderr)
-    sys.exit(130)
-
-
-@contextmanager
-def in_a_sentence(work: str = "training") -> Iterator[None]:
-    """What ends a command before its `work` ends it in one sentence."""
-    try:
-        yield
-    except ImportError as error:
-        words = first_line(error).strip(" .")
-        sys.exit(f"error: a package is missing: {words}. Install it, or leave out the option that asks for it.")
-    except (ValueError, OSError, NotImplementedError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        leave(f"Interrupted before {work}: nothing was written.", True)
 
 
 def read(argv: list[str]) -> tuple:
@@ -196,6 +180,8 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
             raise
         # optimizer, schedule and loaders are made only now, of options that nothing has looked at before
         sys.exit(f"\nerror: {clearer(error, args, model_args)}")
+    if checkpoint is None:
+        refuse_no_step(trainer)
     dataset = script_args.dataset_name if not Path(script_args.dataset_name or ".").exists() else None
     try:
         trainer.save_model()
@@ -210,8 +196,7 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         sys.exit(f"error: the trained adapter could not be written ({error}): make room for it, then {again}.")
     if main_process:
         report(trainer)
-    since = trainer.nspo2_diverged_at
-    if args.push_to_hub and since is None:
+    if args.push_to_hub and trainer.nspo2_diverged_at is None:
         try:
             trainer.push_to_hub(dataset_name=dataset)
         except Exception as error:  # of the client's library, the network or the hub
@@ -220,9 +205,7 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
                 f"later with `hf upload {trainer.hub_model_id} {args.output_dir}`."
             )
     trainer.end()
-    if since is not None:
-        words = f"error: the loss or a gradient was not finite from step {since} on: {DIVERGED}."
-        sys.exit(words if main_process else 1)
+    refuse_diverged(trainer)
 
 
 if __name__ == "__main__":

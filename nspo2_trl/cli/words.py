@@ -1,4 +1,4 @@
-"""The words of a command line before they are parsed: a recipe without `--config`, lists as people spell them."""
+"""What is read before it is understood: words of a command line as people spell them, files of other commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 LIST = re.compile(r"[\[(]?\s*[\w.'\" +-]+(,[\w.'\" +-]+)*,?\s*[\])]?")  # and no regular expression with a comma
 
@@ -14,6 +16,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """` Did you mean …?` with the known name that is most like this one, or nothing."""
     near = difflib.get_close_matches(name, known, 1)
     return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """A file that another command wrote; raises `ValueError` where it is no JSON, or lacks one of `keys`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it has no `{missing[0]}`")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error}): run the command that wrote it again.") from error
+    return found
 
 
 def with_config(argv: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ NSPO2_STATE_NAME = "nspo2_state.pt"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the message says where, why, and what to resume from."""
+    """A checkpoint could not be written, or is of another optimizer; the message says what to resume from or with."""
 
 
 def unreadable_file(checkpoint: str | os.PathLike) -> str | None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 from datasets import IterableDataset
 from trl import DPOTrainer
 
+from .lost_rows import lost_rows
 from .mixin import NSPO2Mixin
 from .options import NSPO2DPOConfig
-from .refusals import check_preferences, checked_stream
+from .refusals import check_nothing_missing, check_preferences, checked_stream
+
+logger = logging.getLogger(__name__)
 
 
 class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
@@ -26,4 +32,13 @@ class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
             given["train_dataset"] = checked_stream(dataset)
         elif dataset is not None:
             check_preferences(dataset)
+            check_nothing_missing(dataset)
         super()._nspo2_check(given)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = super()._prepare_dataset(dataset, *args, **kwargs)
+        config, name = args[1], {"train": "training", "eval": "evaluation"}.get(args[2], args[2])
+        words = lost_rows(name, dataset, kept, config.max_length)
+        if words and config.process_index == 0:
+            logger.warning(words)
+        return kept

@@ -123,6 +123,19 @@ def check_preferences(dataset: Dataset | IterableDataset, name: str = "train_dat
     return first
 
 
+def check_nothing_missing(dataset: Dataset, name: str = "train_dataset") -> None:
+    """Raises `ValueError` for the first row without `chosen` or `rejected`."""
+    columns = [column for column in ("chosen", "rejected") if column in dataset.column_names]
+    start = 0
+    if columns:
+        for batch in dataset.select_columns(columns).with_format("arrow").iter(1000):
+            for column in columns:
+                if batch[column].null_count:
+                    row = start + batch[column].is_null().to_pylist().index(True)
+                    raise ValueError(f"Row {row + 1} of `{name}` (the first is 1) has no `{column}`: leave it out.")
+            start += len(batch)
+
+
 def check_columns(found: Iterable[str], name: str = "train_dataset") -> None:
     """Raises `ValueError` where `found`, the columns of the dataset `name`, are not those of preference pairs."""
     names = list(found)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ def retain_adapter(
     """
     point = Point(rank, scale, form)
     check_point(point)
-    adapters = input_adapters(model, adapter_name)
+    adapters = sound_adapters(model, adapter_name)
     with active(model, adapter_name):
         texts = retained_texts(
             model, retain_dataset, processing_class, samples, max_length, folder=cache_dir, frozen=frozen
@@ -83,6 +84,15 @@ def retain_adapter(
         "leakage": mean_leakage(spaces, rank),
         "unprotected": unprotected(model, adapter_name),
     }
+
+
+def sound_adapters(model: PeftModel, adapter_name: str) -> list[InputAdapter]:
+    """See [`input_adapters`]; raises `ValueError` where the adapter has NaN or Inf too."""
+    found = input_adapters(model, adapter_name)
+    own = (param for name, param in model.named_parameters() if f".{adapter_name}." in name and "lora_" in name)
+    if not all(torch.isfinite(param).all() for param in own):
+        raise ValueError(f"The adapter {adapter_name!r} has NaN or Inf in its weights: its training diverged.")
+    return found
 
 
 def check_point(point: Point) -> None:

@@ -12,7 +12,15 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..projections.protocol import Projection
-from .checkpoints import NSPO2_STATE_NAME, PREFIX_CHECKPOINT_DIR, first_line, half_saved, last_whole, refuse_half
+from .checkpoints import (
+    NSPO2_STATE_NAME,
+    PREFIX_CHECKPOINT_DIR,
+    CheckpointError,
+    first_line,
+    half_saved,
+    last_whole,
+    refuse_half,
+)
 from .resuming import differences, refuse_other_adapter, save_run
 
 if TYPE_CHECKING:
@@ -96,7 +104,7 @@ class SavingMixin(_BaseTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         known = {key for group in self.optimizer.param_groups for key in group}
         if checkpoint is not None and (missing := set(self.optimizer.defaults) - known):
-            raise ValueError(
+            raise CheckpointError(
                 f"`resume_from_checkpoint`: the state in {checkpoint!r} is of another optimizer, it has no "
                 f"{' and '.join(f'`{key}`' for key in sorted(missing))}: resume with the `optim` of its run."
             )
