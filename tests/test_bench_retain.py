@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import retain, retain_judge, retain_texts, retain_trainers
+from bench import retain, retain_judge, retain_page, retain_texts, retain_trainers
 
 from nspo2_trl.projections.retain.collect import InputSpace
 
@@ -72,6 +72,19 @@ def test_lines_have_median_and_range_and_keep_controls_apart():
     assert control[1] == "12 random" and control[-1].endswith(", 1.00 [1.00, 1.00]")
     compared = retain_judge.compare(retain_judge.lowest_loss(groups))
     assert len(compared) == 2 and "prose: plain, 12 directions, has 0.20 [0.10, 0.40] of the share" in compared[0]
+
+
+def test_all_at_one_loss_each_on_its_own_scales():
+    rows = [one | {"seed": seed} for seed in (0, 1) for one in frontier()]
+    rows = [one | {"scale": 0.75 if one["scale"] == 0.7 else one["scale"]} for one in rows]
+    fast = [row("corda", scale=s, loss=loss, kl=0.5 * math.exp(-10 * loss)) for s, loss in ((1.0, 0.3), (0.5, 0.6))]
+    short = [row("early", scale=s, loss=loss, kl=0.1) for s, loss in ((1.5, 0.55), (1.0, 0.65))]
+    rows += [one | {"seed": seed} for seed in (0, 1) for one in (*fast, *short)]
+    found = retain_page.shares(rows)
+    assert set(found) == {("plain", 0, ""), ("corda", 0, "")}  # the other does not reach the loss
+    assert found["corda", 0, ""]["prose"] == pytest.approx([math.log(0.5)] * 2)
+    (line,) = [line for line in retain_page.at_one_loss(rows) if line.startswith("| CorDA")]
+    assert line.startswith("| CorDA, knowledge preserved | only scaled | 2 | 0.50")
 
 
 def test_from_six_seeds_on_interval_and_p():
@@ -185,7 +198,7 @@ def test_finished_cells_are_skipped_and_missing_ones_made_again(study):
 
 def test_a_page_is_made_of_the_raw_file_alone(study, tmp_path):
     _, folder = study
-    lines, pictures = retain_judge.section(folder, tmp_path)
+    lines, pictures = retain_page.section(folder, tmp_path)
     assert "### Forgotten by tiny" in lines and pictures == [tmp_path / "retain_tiny.png"] and pictures[0].exists()
     assert sum(line.startswith("| plain | only scaled") for line in lines) == 1
-    assert retain_judge.section(tmp_path, tmp_path) == ([], [])
+    assert retain_page.section(tmp_path, tmp_path) == ([], [])

@@ -6,7 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
-from . import gauge, pictures, retain_judge, variance_tables
+from . import gauge, pictures, retain_page, variance_tables
 from .grid import read
 from .methods import WORDS
 from .stats import interval
@@ -102,6 +102,6 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         lines += gauge.section(records)
     lines += ["## What it does to training", "", READING, *parts["convergence"]]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
-    forgotten, drawn = retain_judge.section(raw, docs)
+    forgotten, drawn = retain_page.section(raw, docs)
     lines, paths = [*lines, *forgotten], [*paths, *drawn]
     return [fill(docs / "results.md", "Results", lines), *paths]

@@ -92,14 +92,22 @@ def mean(group: Sequence[Row], figure: str) -> float:
     return statistics.fmean(row[figure] for row in group)
 
 
+def taken_out(rank: int, control: str) -> str:
+    of = CONTROLS.get(control) or f"of {int(control.removeprefix('texts'))} texts"
+    return f"{rank} {of}" if rank else "only scaled"
+
+
 def cells(group: Sequence[Row]) -> list[str]:
     """The line of a setting: what it is, seeds, loss, and per kind of text KL with its share."""
     first = group[0]
     method = METHODS[first["method"]].words
-    of = first["control"]
-    of = CONTROLS.get(of) or f"of {int(of.removeprefix('texts'))} texts"
-    what = f"{first['rank']} {of}" if first["rank"] else "only scaled"
-    found = [method, what, f"{first['scale']:g}", str(len(group)), f"{mean(group, 'loss'):.3f}"]
+    found = [
+        method,
+        taken_out(first["rank"], first["control"]),
+        f"{first['scale']:g}",
+        str(len(group)),
+        f"{mean(group, 'loss'):.3f}",
+    ]
     if "right" in first:
         found.append(f"{mean(group, 'right'):.3f}")
     for kind in first["retained"]:
@@ -147,29 +155,6 @@ def line(texts: Sequence[str]) -> str:
 def head(rows: Sequence[Row]) -> list[str]:
     right = ["sums right"] if "right" in rows[0] else []
     return ["training", "taken out", "scale", "seeds", "held-out loss", *right, *rows[0]["retained"]]
-
-
-def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
-    """The part of the page that the files RAW/retain-*.jsonl.gz make, and the pictures that are drawn for it."""
-    lines, paths = [], []
-    for path in sorted(raw.glob("retain-*.jsonl.gz")):
-        (about, rows), name = read(path), path.name.removeprefix("retain-").removesuffix(".jsonl.gz")
-        paths.append(docs / f"retain_{name}.png")
-        draw(rows, paths[-1], shown_rank(rows))
-        lines += [
-            "",
-            f"### Forgotten by {name}",
-            "",
-            words(about),
-            "",
-            line(head(rows)),
-            "|---" * len(head(rows)) + "|",
-        ]
-        best = lowest_loss(settings(judge(rows)))
-        lines += [line(cells(group)) for group in best]
-        lines += ["", *compare(best)]
-        lines += ["", f"![{name}: held-out preference loss against KL, by kind of text]({paths[-1].name})"]
-    return ["## What it forgets", "", READING, *lines, ""] if lines else [], paths
 
 
 def show(rows: Sequence[Row], title: str) -> None:
