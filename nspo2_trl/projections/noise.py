@@ -24,6 +24,7 @@ from .protocol import Step
 
 logger = logging.getLogger(__name__)
 
+STEADY = 10  # solutions after which the estimate needs less
 PARTS = ("gauge", "cov", "signal_removed", "sums")  # of a filter, that hold tensors
 
 
@@ -97,10 +98,13 @@ class NoiseProjection:
     def learns(self) -> bool:
         """Whether the next step is one to learn from: `share` of them are, at even distances.
 
-        The second of a run is the first: before, lora_B is 0 and so are the gradients of lora_A.
+        The second of a run is the first: before, lora_B is 0 and so are the gradients of lora_A. A filter that has
+        been solved `STEADY` times learns from half as many. What only measures takes all it can get.
         """
         step = self.filters[0].step_count + math.ceil(1 / self.share) - 1
-        return int(step * self.share) > int((step - 1) * self.share)
+        steady = self.config.projection_rank > 0 and step > STEADY * self.config.update_freq
+        share = self.share / 2 if steady else self.share
+        return int(step * share) > int((step - 1) * share)
 
     @torch.no_grad()
     def read_grads(self) -> None:
