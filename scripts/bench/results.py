@@ -95,13 +95,12 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         "Published: what the description of NSPO2 says, for no model in particular. The commands run the quick start; "
         "for `stories` see [reproducing.md](reproducing.md)."
     )
-    lines = ["## The four claims", "", about, "", *claims(rows_of, overhead)]
+    forgotten, drawn = retain_page.section(raw, docs)
+    lines = [*forgotten, "## The four claims", "", about, "", *claims(rows_of, overhead)]
     if parts["variance"]:
         lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts["variance"]]
     if records := read(raw, "gauge"):
         lines += gauge.section(records)
     lines += ["## What it does to training", "", READING, *parts["convergence"]]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
-    forgotten, drawn = retain_page.section(raw, docs)
-    lines, paths = [*lines, *forgotten], [*paths, *drawn]
-    return [fill(docs / "results.md", "Results", lines), *paths]
+    return [fill(docs / "results.md", "Results", lines), *paths, *drawn]

@@ -89,11 +89,12 @@ def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
             "",
             words(about),
             "",
+            f"![{name}: held-out preference loss against KL, by kind of text]({paths[-1].name})",
+            "",
             line(head(rows)),
             "|---" * len(head(rows)) + "|",
         ]
         best = lowest_loss(settings(judge(rows)))
         lines += [line(cells(group)) for group in best]
         lines += ["", *compare(best), *at_one_loss(rows)]
-        lines += ["", f"![{name}: held-out preference loss against KL, by kind of text]({paths[-1].name})"]
     return ["## What it forgets", "", READING, *lines, ""] if lines else [], paths
