@@ -80,11 +80,14 @@ def test_all_at_one_loss_each_on_its_own_scales():
     fast = [row("corda", scale=s, loss=loss, kl=0.5 * math.exp(-10 * loss)) for s, loss in ((1.0, 0.3), (0.5, 0.6))]
     short = [row("early", scale=s, loss=loss, kl=0.1) for s, loss in ((1.5, 0.55), (1.0, 0.65))]
     rows += [one | {"seed": seed} for seed in (0, 1) for one in (*fast, *short)]
-    found = retain_page.shares(rows)
+    found = retain_page.shares(rows, 0.75)
     assert set(found) == {("plain", 0, ""), ("corda", 0, "")}  # the other does not reach the loss
     assert found["corda", 0, ""]["prose"] == pytest.approx([math.log(0.5)] * 2)
-    (line,) = [line for line in retain_page.at_one_loss(rows) if line.startswith("| CorDA")]
+    lines = retain_page.at_one_loss(rows)
+    (line,) = [line for line in lines if line.startswith("| CorDA")]
     assert line.startswith("| CorDA, knowledge preserved | only scaled | 2 | 0.50")
+    assert not any(retain_page.WORSE in line for line in lines)
+    assert any(retain_page.WORSE in line for line in retain_page.at_one_loss(rows, untrained=0.45))
 
 
 def test_from_six_seeds_on_interval_and_p():

@@ -288,4 +288,4 @@ def test_a_trl_out_of_range_ends_in_one_sentence(monkeypatch, capsys):
     with pytest.raises(ImportError, match="trl 1.99.0 is installed"):
         getattr(nspo2_trl, "NSPO2DPOTrainer")  # noqa: B009
     command.main(["env"])
-    assert "trl " in capsys.readouterr().out and nspo2_trl.NSPO2Config  # neither needs TRL
+    assert "\n  trl " in capsys.readouterr().out and nspo2_trl.NSPO2Config  # neither needs TRL

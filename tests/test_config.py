@@ -120,7 +120,8 @@ def test_the_strategy_auto_is_gone():
 @pytest.mark.parametrize("key, value", [("nspo2_seed", "3"), ("nspo2_strategy", "auto")])
 def test_recipes_and_commands_that_name_them_say_so_too(key, value, tmp_path, in_the_repository):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(open("recipes/quickstart/dpo.yaml").read() + f"\n{key}: {value}\n")
+    lines = [line for line in open("recipes/quickstart/dpo.yaml") if not line.startswith(f"{key}:")]
+    recipe.write_text("".join(lines) + f"\n{key}: {value}\n")
     for argv in (["--config", str(recipe)], ["--config", "recipes/quickstart/dpo.yaml", f"--{key}", value]):
         with pytest.raises(ValueError, match=f"`{key}.* is (no option any more|gone): "):
             parse(argv)

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference
+from torch import nn
 
 from nspo2_trl import NSPO2Config
 from nspo2_trl.engine.covariance import mixture
 from nspo2_trl.engine.filter import NoiseFilter, figures
+from nspo2_trl.layout.blocks import Block
+from nspo2_trl.projections.noise import NoiseProjection
 from nspo2_trl.training.samples import sample_share
 
 
@@ -361,3 +364,13 @@ def test_sums_of_many_rows_resume_bit_for_bit_and_take_steps_of_one_sample(tmp_p
         expected = whole.step(samples, samples.mean(0))
         assert torch.equal(expected, (first if step < 13 else second).step(samples, samples.mean(0)))
     assert whole.rank.min() > 0 and torch.isfinite(whole.cov.basis.float()).all()
+
+
+@pytest.mark.parametrize("rank, share, later", [(4, 0.8, 20), (0, 0.8, 40), (4, 1.0, 50), (4, 0.2, 5)])
+def test_a_steady_filter_learns_from_half_as_many_steps(rank, share, later):
+    block = Block("a", [nn.Parameter(torch.zeros(4, 8))])
+    noise, learned = NoiseProjection([block], NSPO2Config(projection_rank=rank, update_freq=5), share=share), []
+    for _ in range(200):
+        learned.append(noise.learns)
+        noise.filters[0].step_count += 1
+    assert sum(learned[:50]) == pytest.approx(50 * share, abs=1) and sum(learned[100:150]) == later

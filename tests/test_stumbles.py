@@ -23,6 +23,7 @@ from trl import DPOTrainer
 
 from nspo2_trl.cli import checks, measure, retain, train
 from nspo2_trl.cli.lines import WATCHED, BriefTable
+from nspo2_trl.cli.recipe import make_parser, read_recipe
 from nspo2_trl.cli.threads import few_threads
 from nspo2_trl.cli.words import with_config
 from nspo2_trl.metrics import METRICS
@@ -129,6 +130,17 @@ def test_values_in_a_recipe_that_fit_nowhere(tmp_path, text, message):
         train.parse(in_recipe(tmp_path, text))
 
 
+def test_merged_keys_of_a_recipe(tmp_path):
+    text = "env: &base {A: b}\nmodel_init_kwargs:\n  <<: *base\n"
+    recipe = read_recipe(write_recipe(tmp_path, text), make_parser())
+    assert recipe["model_init_kwargs"] == {"A": "b"}
+
+
+def write_recipe(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    return tmp_path / "r.yaml"
+
+
 def test_a_key_that_stands_twice(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text((ROOT / RECIPE).read_text() + "\nbeta: 0.2\nbeta: 0.3\n")
     assert "is no YAML: `beta` stands twice" in refused(capsys, [str(tmp_path / "r.yaml")])
@@ -198,7 +210,7 @@ def test_a_recipe_in_another_encoding(tmp_path, capsys):
         ("--label_smoothing 0.5", "`label_smoothing` must be a number from 0 to below 0.5, got 0.5"),
         ("--lora_dropout 1", "`lora_dropout` must be a number of at least 0 and below 1, got 1"),
         ("--eval_strategy steps --dataset_test_split train", "`dataset_test_split` is 'train', which is trained on"),
-        ('--model_init_kwargs {"foo":1}', "unexpected keyword argument 'foo': leave it out of the mapping"),
+        ('--model_init_kwargs {"foo":1}', "`model_init_kwargs`: "),
         ("--sync_ref_model true", "You passed `sync_ref_model=True` while using a PEFT model"),
         ("--eval_strategy no --adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--report_to nonesuch", "`report_to`: 'nonesuch' is none of azure_ml"),

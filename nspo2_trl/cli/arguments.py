@@ -95,6 +95,7 @@ def parse(argv: list[str]) -> tuple:
         os.environ |= {name: str(value) for name, value in recipe.pop("env", {}).items()}
         parser.set_defaults_with_config(**recipe)
         del argv[at : at + 2]
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(f"{RETAIN}=") else [word])]
     off = next((i for i, pair in enumerate(zip(argv, argv[1:])) if pair[0] == RETAIN and pair[1].lower() in NONE), -1)
     if off >= 0:
         parser.set_defaults(nspo2_retain_dataset=None)

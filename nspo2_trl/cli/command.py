@@ -16,7 +16,7 @@ from .words import nearest, with_config
 HELP = """usage: nspo2 COMMAND [options]
 
   nspo2 train RECIPE.yaml            train a LoRA adapter with DPO and NSPO2
-  nspo2 measure RECIPE.yaml          which batch pays, and which modules learn; nothing is changed or saved
+  nspo2 measure RECIPE.yaml          which batch pays, and which modules learn; no adapter is saved
   nspo2 retain ADAPTER ...           project an adapter off what texts use that the model should go on knowing
   nspo2 report OUT [OUT2 ...]        one HTML page of plots of one run, or of several runs together
   nspo2 env                          versions, devices, what is supported here; paste it into a bug report

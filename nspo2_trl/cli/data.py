@@ -57,8 +57,8 @@ def splits(script_args: NSPO2ScriptArguments, args: NSPO2DPOConfig, mixture: Dat
         raise ValueError(f"`dataset_train_split` is {train_name!r}, but the dataset has {', '.join(data)}.")
     if train_name == test_name and args.eval_strategy != "no":
         raise ValueError(
-            f"`dataset_test_split` is {test_name!r}, which is trained on: name another split, or leave it out to have "
-            "some rows held out where there is no split `test`."
+            f"`dataset_test_split` is {test_name!r}, which is trained on: name another split, or set "
+            "`eval_strategy: 'no'`."
         )
     wanted = [train_name] + [test_name] * (args.eval_strategy != "no" and test_name in data)
     named = {column: getattr(script_args, f"{column}_column") for column in COLUMNS}

@@ -28,10 +28,6 @@ def in_a_sentence(work: str = "training") -> Iterator[None]:
         sys.exit(f"error: a package is missing: {words}. Install it, or leave out the option that asks for it.")
     except (ValueError, OSError, NotImplementedError) as error:
         sys.exit(f"error: {error}")
-    except TypeError as error:  # of keyword arguments that a recipe passes on, such as `model_init_kwargs`
-        if "keyword argument" not in str(error):
-            raise
-        sys.exit(f"error: {first_line(error)}: leave it out of the mapping that has it.")
     except KeyboardInterrupt:
         leave(f"Interrupted before {work}: nothing was written.", True)
 
@@ -46,7 +42,8 @@ def refuse_diverged(trainer: Any) -> None:
 def refuse_no_step(trainer: Any) -> None:
     """End the command where a run took no step, before anything is saved."""
     if trainer.state.global_step == 0:
-        sys.exit(
+        words = (
             "\nerror: no step was taken, since the training data gives no batch. Of a stream, rows whose prompts "
             "alone have `max_length` tokens are left out, and with `dataloader_drop_last` a batch that is not full."
         )
+        sys.exit(words if trainer.accelerator.is_main_process else 1)

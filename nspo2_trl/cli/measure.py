@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..training.summary import noise_summary
 from .arguments import parse
-from .endings import in_a_sentence, refuse_diverged, refuse_no_step
+from .endings import in_a_sentence, leave, refuse_diverged, refuse_no_step
 from .lines import show_logs
 from .noise import NOISE, show
 from .threads import few_threads
@@ -79,11 +79,16 @@ def main(argv: list[str] | None = None) -> None:
             args.max_steps = own.steps
         trainer = build(*parsed)
     main_process = trainer.accelerator.is_main_process
-    show_logs(trainer)
+    live = show_logs(trainer)
     try:
         found = measure(trainer, own.steps)
     except KeyboardInterrupt:  # what was measured is worth as much
+        if trainer.state.global_step == 0:
+            leave("Interrupted before the first step: nothing was measured.", main_process)
         found = noise_summary(trainer)
+    finally:
+        if live and live.rich_group:
+            live.rich_group.stop()
     refuse_no_step(trainer)
     if main_process:
         show(found, Console())

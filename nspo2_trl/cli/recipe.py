@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which no key stands twice: of two values one would be dropped without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"`{twice[0]}` stands twice, line {node.start_mark.line + 1} and on")
         return super().construct_mapping(node, deep)

@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default=None, help="Of the base model; float32 on a CPU, else its own.")
     add("--load_in_4bit", action="store_true", help="The base model in 4 bits (QLoRA).")
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
-    known = list(parser._option_string_actions)
+    known = [option for action in parser._actions for option in action.option_strings]
     for flag in (word.split("=")[0] for word in argv):
         if flag.startswith("--") and flag not in known:
             raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")

@@ -62,6 +62,10 @@ def build(
         )
     except (ImportError, ValueError) as error:
         raise clearer(error, args, model_args) from error
+    except TypeError as error:
+        if not any(f"keyword argument '{name}'" in str(error) for name in given):
+            raise
+        raise ValueError(f"`model_init_kwargs`: {first_line(error)}.") from error
     except OSError as error:
         if os.path.isdir(model) or error.errno is not None:  # of the disk
             raise

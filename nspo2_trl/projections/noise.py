@@ -99,10 +99,12 @@ class NoiseProjection:
         """Whether the next step is one to learn from: `share` of them are, at even distances.
 
         The second of a run is the first: before, lora_B is 0 and so are the gradients of lora_A. A filter that has
-        been solved `STEADY` times learns from half as many. What only measures takes all it can get.
+        learned for `STEADY` times `update_freq` steps, 50 at least, learns from half as many; not where a step is one
+        sample, which is compared with the one before, nor where nothing is filtered.
         """
         step = self.filters[0].step_count + math.ceil(1 / self.share) - 1
-        steady = self.config.projection_rank > 0 and step > STEADY * self.config.update_freq
+        since = min(part.step_count for part in self.filters) / max(self.config.update_freq, 5)
+        steady = self.config.projection_rank > 0 and self.share < 1 and since >= STEADY
         share = self.share / 2 if steady else self.share
         return int(step * share) > int((step - 1) * share)
 

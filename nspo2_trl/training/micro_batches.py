@@ -96,8 +96,8 @@ class MicroBatchMixin(_BaseTrainer):
         self._nspo2_params = list(self.model.parameters())
         if self.deepspeed is not None:  # its engine steps inside `backward`: it is to call us there
             update = self.args.nspo2_apply_to == "update"
-            during = len(self.nspo2_projections) > 1 and self.args.nspo2_retain_project == "during"
-            writes = during or (self.args.nspo2_projection_rank > 0 and not update)
+            others = len(self.nspo2_projections) > 1 and self.args.nspo2_retain_project != "after"
+            writes = others or (self.args.nspo2_projection_rank > 0 and not update)
             wrap_step(self.deepspeed, self._nspo2_trained(), self._nspo2_before_step, writes, update)
         self.nspo2_samples.attach()
 

@@ -30,7 +30,8 @@ READING = """- One line per adapter, at the scale of lowest mean held-out loss; 
   mean, 95 % bootstrap interval and p (sign-flip test that the share is 1, exact up to 13 seeds). Of fewer than 6
   seeds: median and range.
 - Between the scales measured, plain's log KL is taken to be linear in its loss. A loss below all of them counts as the
-  lowest. No share is given where the loss is above all of them.
+  lowest: what learns more than plain looks worse here than it is, see the tables at one loss. No share is given where
+  the loss is above all of them.
 - Seeds differ in the order of the pairs and the start of LoRA, not in what is measured on.
 - Controls: as many random orthonormal directions; K of the pairs' own texts; K of the next layer's input."""
 CONTROLS = {"": "directions", "random": "random", "pairs": "of the pairs", "layer": "of another layer"}

@@ -20,6 +20,7 @@ from .retain_judge import (
     judge,
     line,
     lowest_loss,
+    mean,
     ratio,
     read,
     settings,
@@ -28,24 +29,25 @@ from .retain_judge import (
     words,
 )
 
-TARGET = 0.75  # scale of plain's adapter
+TARGETS = [1.0, 0.75]  # scales of plain's adapter
 ENOUGH = 0.75  # of the seeds
-AT_ONE_LOSS = f"""At one loss: KL as a share of that of plain's adapter at scale {TARGET}, where each adapter, moved
-along its own scales, has the same held-out loss. Left out are those that reach it for less than {ENOUGH:.0%} of
-their seeds."""
+AT_ONE_LOSS = f"""At one loss, that of plain's adapter at scale {{target}}: KL as a share of its, each adapter moved
+along its own scales to that loss. Left out are those whose measured scales do not enclose it for {ENOUGH:.0%} of their
+seeds, and those with one scale."""
+WORSE = "Plain's loss there is above that before training: the table says nothing about equal preference."
 
 
-def shares(rows: Sequence[Row]) -> dict[tuple, dict[str, list[float]]]:
+def shares(rows: Sequence[Row], scale: float) -> dict[tuple, dict[str, list[float]]]:
     """By method, rank and control: per kind of text the logarithm of the share, one per seed; lowest first.
 
-    Each adapter is moved along its own scales to one loss, plain's at scale `TARGET`, so that a method which learns
+    Each adapter is moved along its own scales to one loss, plain's at a `scale`, so that a method which learns
     faster is not judged at a loss that plain does not reach.
     """
     groups: dict[tuple, dict[int, list[Row]]] = {}
     for row in rows:
         key = row["method"], row["rank"], row["control"]
         groups.setdefault(key, {}).setdefault(row["seed"], []).append(row)
-    target = {row["seed"]: row for row in rows if is_rival(row) and row["scale"] == TARGET}
+    target = {row["seed"]: row for row in rows if is_rival(row) and row["scale"] == scale}
     found = {}
     for key, seeds in groups.items():
         logs: dict[str, list[float]] = {}
@@ -62,18 +64,27 @@ def shares(rows: Sequence[Row]) -> dict[tuple, dict[str, list[float]]]:
     return dict(sorted(found.items(), key=lambda item: sum(map(sum, item[1].values())) / len(item[1])))
 
 
-def at_one_loss(rows: Sequence[Row]) -> list[str]:
-    """The lines of that; none where there is nothing to compare."""
-    found = shares(rows)
-    if len(found) < 2:
-        return []
-    kinds = list(rows[0]["retained"])
-    lines = [AT_ONE_LOSS, "", line(["training", "taken out", "seeds", *kinds]), "|---" * (3 + len(kinds)) + "|"]
-    for (method, rank, control), logs in found.items():
-        if (method, rank) != ("plain", 0):
-            cells = [ratio(logs[kind]) for kind in kinds]
-            lines.append(line([METHODS[method].words, taken_out(rank, control), str(len(logs[kinds[0]])), *cells]))
-    return ["", *lines]
+def at_one_loss(rows: Sequence[Row], untrained: float | None = math.log(2)) -> list[str]:
+    """The lines of that, for each of `TARGETS`; none where there is nothing to compare.
+
+    Args:
+        untrained: the loss before training, where it is known.
+    """
+    kinds, lines = list(rows[0]["retained"]), []
+    for scale in TARGETS:
+        found = shares(rows, scale)
+        if len(found) < 2:
+            continue
+        lines += ["", AT_ONE_LOSS.format(target=scale)]
+        if untrained and mean([row for row in rows if is_rival(row) and row["scale"] == scale], "loss") > untrained:
+            lines[-1] += f" {WORSE}"
+        lines += ["", line(["training", "taken out", "seeds", *kinds]), "|---" * (3 + len(kinds)) + "|"]
+        for (method, rank, control), logs in found.items():
+            if (method, rank) != ("plain", 0):
+                cells = [ratio(logs[kind]) for kind in kinds]
+                number = str(len(logs[kinds[0]]))
+                lines.append(line([METHODS[method].words, taken_out(rank, control), number, *cells]))
+    return lines
 
 
 def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
@@ -96,5 +107,5 @@ def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
         ]
         best = lowest_loss(settings(judge(rows)))
         lines += [line(cells(group)) for group in best]
-        lines += ["", *compare(best), *at_one_loss(rows)]
+        lines += ["", *compare(best), *at_one_loss(rows, None if about.get("trainer") == "sft" else math.log(2))]
     return ["## What it forgets", "", READING, *lines, ""] if lines else [], paths
