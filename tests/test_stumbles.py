@@ -211,6 +211,7 @@ def test_a_recipe_in_another_encoding(tmp_path, capsys):
         ("--lora_dropout 1", "`lora_dropout` must be a number of at least 0 and below 1, got 1"),
         ("--eval_strategy steps --dataset_test_split train", "`dataset_test_split` is 'train', which is trained on"),
         ('--model_init_kwargs {"foo":1}', "`model_init_kwargs`: "),
+        ('--accelerator_config {"foo":1}', "a mapping has a key that is none: "),
         ("--sync_ref_model true", "You passed `sync_ref_model=True` while using a PEFT model"),
         ("--eval_strategy no --adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
         ("--report_to nonesuch", "`report_to`: 'nonesuch' is none of azure_ml"),

@@ -12,7 +12,7 @@ from typing import NoReturn
 from trl import ModelConfig
 
 from ..config import refuse_removed
-from ..training.checkpoints import last_whole, refuse_half, refuse_trained
+from ..training.checkpoints import first_line, last_whole, refuse_half, refuse_trained
 from ..training.options import NSPO2DPOConfig
 from .checks import check_values
 from .recipe import make_parser, read_recipe
@@ -109,6 +109,8 @@ def parse(argv: list[str]) -> tuple:
     lists = [option for action in parser._actions if action.nargs == "+" for option in action.option_strings]
     try:
         script_args, args, model_args, mixture = parser.parse_args_into_dataclasses(spell_out(argv, lists))
+    except TypeError as error:  # of what is made of a mapping, such as `accelerator_config`
+        raise ValueError(f"An option that takes a mapping has a key that is none: {first_line(error)}.") from error
     except ValueError as error:
         if unknown := re.search(r"not used by the HfArgumentParser: (\[.*\])", str(error)):
             raise ValueError(f"{unknown[1]} belongs to no option: one recipe, and options with `--`.") from error
