@@ -96,11 +96,10 @@ class NoiseProjection:
 
     @property
     def learns(self) -> bool:
-        """Whether the next step is one to learn from: `share` of them are, at even distances.
+        """Whether the next step is one to learn from: `share` of them are, at even distances, first the second.
 
-        The second of a run is the first: before, lora_B is 0 and so are the gradients of lora_A. A filter that has
-        learned for `STEADY` times `update_freq` steps, 50 at least, learns from half as many; not where a step is one
-        sample, which is compared with the one before, nor where nothing is filtered.
+        After `STEADY` times `update_freq` steps, 50 at least, it is half as many; not where a step is one sample,
+        which is compared with the one before, nor where nothing is filtered.
         """
         step = self.filters[0].step_count + math.ceil(1 / self.share) - 1
         since = min(part.step_count for part in self.filters) / max(self.config.update_freq, 5)
