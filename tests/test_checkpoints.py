@@ -144,16 +144,30 @@ def test_full_disk_ends_in_one_error_and_the_last_whole_checkpoint_resumes(savin
     assert_same(trainable(rest), trainable(once))
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_one_of_the_two_is_not_whole(tmp_path, name):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    for path in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, tmp_path / path)
+    assert unreadable_file(tmp_path) is None
+    (tmp_path / name).unlink()
+    assert unreadable_file(tmp_path) == name
+    (tmp_path / "global_step2").mkdir()
+    assert unreadable_file(tmp_path) is None
+
+
 def test_half_a_checkpoint_is_passed_over(tmp_path):
     def folder(step, text='{"global_step": 1}'):
         found = tmp_path / f"checkpoint-{step}"
         found.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.save({}, found / name)
         if text:
             (found / "trainer_state.json").write_text(text)
         return found
 
     for step, text in ((2, json.dumps({})), (10, json.dumps({})), (12, ""), (14, '{"global_step": 14, "log_hist')):
-        torch.save({}, folder(step, text) / "optimizer.pt")
+        folder(step, text)
     for step, name in ((16, "optimizer.pt"), (18, "rng_state.pth"), (20, "adapter_model.safetensors")):
         there = folder(step)
         write = save_file if name.endswith(".safetensors") else torch.save

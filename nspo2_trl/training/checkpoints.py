@@ -35,7 +35,11 @@ def unreadable_file(checkpoint: str | os.PathLike) -> str | None:
         except (OSError, ValueError):
             if name == TRAINER_STATE_NAME or (folder / name).exists():
                 return name
-    archives = [*sorted(folder.glob("rng_state*.pth")), folder / "optimizer.pt", folder / "scheduler.pt"]
+    pair = [folder / "optimizer.pt", folder / "scheduler.pt"]  # Trainer reads both or, without a word, none
+    lacking = [path.name for path in pair if not path.exists()]
+    if len(lacking) == 1 and not any(path.is_dir() for path in folder.iterdir()):  # DeepSpeed and FSDP2 have folders
+        return lacking[0]
+    archives = [*sorted(folder.glob("rng_state*.pth")), *pair]
     for path in archives:
         if path.is_file() and not zipfile.is_zipfile(path):  # an archive's directory is at its end
             return path.name
