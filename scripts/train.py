@@ -3,15 +3,10 @@
 accelerate launch scripts/train.py --config recipes/quickstart/dpo.yaml [--any_field value]
 """
 
-import sys
-
-from nspo2_trl.training.trl_range import refuse_trl
+from nspo2_trl.training.trl_range import leave_without_trl
 
 if __name__ == "__main__":
-    try:
-        refuse_trl()
-    except ImportError as error:
-        sys.exit(f"error: {error}")
+    leave_without_trl()
     from nspo2_trl.cli.train import main
 
     main()

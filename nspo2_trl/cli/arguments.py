@@ -16,7 +16,7 @@ from ..training.checkpoints import first_line, last_whole, refuse_half, refuse_t
 from ..training.options import NSPO2DPOConfig
 from .checks import check_values
 from .recipe import make_parser, read_recipe
-from .words import nearest, spell_out, with_config
+from .words import apart, refuse_unknown, spell_out, with_config
 
 RETAIN, NONE = "--nspo2_retain_dataset", ("", "none", "null", "no", "false")  # the recipe's texts are left out
 HELP = """Train a LoRA adapter with DPO and NSPO2 from a recipe:
@@ -95,17 +95,15 @@ def parse(argv: list[str]) -> tuple:
         os.environ |= {name: str(value) for name, value in recipe.pop("env", {}).items()}
         parser.set_defaults_with_config(**recipe)
         del argv[at : at + 2]
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(f"{RETAIN}=") else [word])]
+    argv = apart(argv, [RETAIN])
     off = next((i for i, pair in enumerate(zip(argv, argv[1:])) if pair[0] == RETAIN and pair[1].lower() in NONE), -1)
     if off >= 0:
         parser.set_defaults(nspo2_retain_dataset=None)
         del argv[off : off + 2]
     known = [option for action in parser._actions for option in action.option_strings]
     for arg in argv:
-        flag = arg.split("=")[0]
-        refuse_removed({flag.removeprefix("--"): None}, prefix="nspo2_")
-        if flag.startswith("--") and flag not in known:
-            raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
+        refuse_removed({arg.split("=")[0].removeprefix("--"): None}, prefix="nspo2_")
+        refuse_unknown(arg, known)
     lists = [option for action in parser._actions if action.nargs == "+" for option in action.option_strings]
     try:
         script_args, args, model_args, mixture = parser.parse_args_into_dataclasses(spell_out(argv, lists))

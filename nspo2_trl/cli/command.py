@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from ..training.trl_range import refuse_trl
+from ..training.trl_range import leave_without_trl
 from .words import nearest, with_config
 
 HELP = """usage: nspo2 COMMAND [options]
@@ -27,10 +27,6 @@ HELP = """usage: nspo2 COMMAND [options]
 def main(argv: list[str] | None = None) -> None:
     try:
         run(argv)
-    except ImportError as error:
-        if error.name is not None:  # else it is one of our sentences
-            raise
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # during the imports, which take seconds
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
@@ -45,7 +41,7 @@ def run(argv: list[str] | None) -> None:
         print(version("nspo2_trl"))
     elif command in COMMANDS:
         if command in NEED_TRL:
-            refuse_trl()
+            leave_without_trl()
         COMMANDS[command](rest)
     else:
         sys.exit(f"error: there is no command `nspo2 {command}`.{nearest(command, list(COMMANDS))}\n\n{HELP}")

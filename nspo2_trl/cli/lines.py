@@ -45,3 +45,9 @@ def show_logs(trainer: Trainer) -> RichProgressCallback | None:
         trainer.remove_callback(other)
     trainer.add_callback(shown := kind())
     return shown if isinstance(shown, BriefTable) else None
+
+
+def stop(live: RichProgressCallback | None) -> None:
+    """End what [`show_logs`] gave, before anything is said, and else the terminal is left without a cursor."""
+    if live and live.rich_group:
+        live.rich_group.stop()

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from ..training.summary import noise_summary
 from .arguments import parse
 from .endings import in_a_sentence, leave, refuse_diverged, refuse_no_step
-from .lines import show_logs
+from .lines import show_logs, stop
 from .noise import NOISE, show
 from .threads import few_threads
 from .train import build
@@ -87,8 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             leave("Interrupted before the first step: nothing was measured.", main_process)
         found = noise_summary(trainer)
     finally:
-        if live and live.rich_group:
-            live.rich_group.stop()
+        stop(live)
     refuse_no_step(trainer)
     if main_process:
         show(found, Console())

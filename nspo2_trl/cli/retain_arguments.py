@@ -6,14 +6,21 @@ import argparse
 import sys
 
 from ..projections.retain.project import FORMS, Point
+from ..rows import check, option, whole
 from ..training.retain import check_point
 from .checks import check_output_dir
-from .words import nearest, spell_out
+from .words import refuse_unknown, spell_out
 
 GIVEN = Point(0, 1.0)
 RANKS = [0, 1, 4, 12, 32]
 SCALES = [0.5, 0.75, 1.0, 1.2, 1.5]
 LOSS_INCREASE = 0.02
+RANGES = {
+    "max_loss_increase": option(None, lambda v: v is None or v >= 0, "a number of at least 0", ""),
+    "retain_samples": whole(2, "", least=2),
+    "retain_max_length": whole(1, "", least=1),
+    "max_length": whole(1, "", least=1),
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -49,9 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--load_in_4bit", action="store_true", help="The base model in 4 bits (QLoRA).")
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
     known = [option for action in parser._actions for option in action.option_strings]
-    for flag in (word.split("=")[0] for word in argv):
-        if flag.startswith("--") and flag not in known:
-            raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
+    for word in argv:
+        refuse_unknown(word, known)
     args = parser.parse_args(spell_out(argv, ["--ranks", "--scales", "--point"]))
     check_retain(args)
     if args.point:
@@ -79,11 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def check_retain(args: argparse.Namespace) -> None:
     """Raises `ValueError` for the first option with a value that cannot work."""
     check_output_dir(args.output_dir)
-    if args.max_loss_increase is not None and not args.max_loss_increase >= 0:
-        raise ValueError(f"`--max_loss_increase` must be a number of at least 0, got {args.max_loss_increase}.")
-    for name, least in (("retain_samples", 2), ("retain_max_length", 1), ("max_length", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"`--{name}` must be a whole number of at least {least}, got {getattr(args, name)}.")
+    for name, row in RANGES.items():
+        check(row, f"--{name}", getattr(args, name))
     given = [f"`--{name}`" for name in ("ranks", "scales", "max_loss_increase") if getattr(args, name) is not None]
     if given and not args.dataset_name:
         raise ValueError(

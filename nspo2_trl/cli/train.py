@@ -29,7 +29,7 @@ from .arguments import check_adapter, checkpoint_to_resume, parse, show_help
 from .checks import CheckBestMetric, check_packages, clearer
 from .data import NSPO2ScriptArguments, refuse_to_lose_most, splits, tell_of_long_rows
 from .endings import in_a_sentence, leave, refuse_diverged, refuse_no_step
-from .lines import show_logs
+from .lines import show_logs, stop
 from .shapes import RowError
 from .threads import few_threads
 
@@ -171,8 +171,7 @@ def main(argv: list[str] | None = None, prog: str = "scripts/train.py") -> None:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
-            if live and live.rich_group:  # before anything is said, and else the terminal is left without a cursor
-                live.rich_group.stop()
+            stop(live)
     except KeyboardInterrupt:
         last, _ = last_whole(args.output_dir)
         hint = f"{again} to go on from {last}" if last else "there is no checkpoint yet"

@@ -18,6 +18,18 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean `{near[0]}`?" if near else ""
 
 
+def refuse_unknown(word: str, known: Sequence[str]) -> None:
+    """Raises `ValueError` where `word`, of a command line, is an option that is none of `known`."""
+    flag = word.split("=")[0]
+    if flag.startswith("--") and flag not in known:
+        raise ValueError(f"There is no option `{flag}`.{nearest(flag, known)}")
+
+
+def apart(argv: Sequence[str], options: Collection[str]) -> list[str]:
+    """`argv` with `--option=value` of these options as two words."""
+    return [part for word in argv for part in (word.split("=", 1) if word.split("=")[0] in options else [word])]
+
+
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """A file that another command wrote; raises `ValueError` where it is no JSON, or lacks one of `keys`."""
     try:
@@ -31,7 +43,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 def with_config(argv: Sequence[str]) -> list[str]:
     """`argv` with `--config RECIPE` where it says `RECIPE.yaml` or `--config=RECIPE`."""
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    argv = apart(argv, ["--config"])
     if "--config" in argv:
         return argv
     for i, word in enumerate(argv):
@@ -56,8 +68,7 @@ def spell_out(argv: Sequence[str], lists: Collection[str]) -> list[str]:
     """
     words: list[str] = []
     option = ""
-    argv = [part for word in argv for part in (word.split("=", 1) if word.split("=")[0] in lists else [word])]
-    for word in argv:
+    for word in apart(argv, lists):
         if word.startswith("--"):
             option = word
         elif re.fullmatch(r"-\.?\d[\d.]*(e[+-]?\d+)?|-inf", word, re.I):

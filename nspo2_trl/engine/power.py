@@ -69,9 +69,8 @@ class PowerEstimator(CovEstimator):
         self.row_steps, self.summed = [], False
 
     def significant(self, limit: int, held: bool) -> torch.Tensor | None:
-        if (
-            self.before_sums < 0
-        ):  # of mixtures, few and heavy-tailed, no direction counts before unseen rows confirm it
+        if self.before_sums < 0:
+            # of mixtures, few and heavy-tailed, no direction counts before unseen rows confirm it
             return None if self.mixed else super().significant(limit, held)
         learned = [(age, count) for age, count in self.ages() if self.step - age > self.before_sums]
         edge = fresh_edge(self.dim, limit, learned, self.decay)

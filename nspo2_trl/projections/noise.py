@@ -102,9 +102,9 @@ class NoiseProjection:
         which is compared with the one before, nor where nothing is filtered.
         """
         step = self.filters[0].step_count + math.ceil(1 / self.share) - 1
-        since = min(part.step_count for part in self.filters) / max(self.config.update_freq, 5)
-        steady = self.config.projection_rank > 0 and self.share < 1 and since >= STEADY
-        share = self.share / 2 if steady else self.share
+        late = STEADY * max(self.config.update_freq, 5)
+        halves = self.config.projection_rank > 0 and self.share < 1  # asked for each gradient: cheap things first
+        share = self.share / (2 if halves and all(part.step_count >= late for part in self.filters) else 1)
         return int(step * share) > int((step - 1) * share)
 
     @torch.no_grad()

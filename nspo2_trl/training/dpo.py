@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from datasets import IterableDataset
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from .lost_rows import lost_rows
 from .mixin import NSPO2Mixin
@@ -35,10 +35,10 @@ class NSPO2DPOTrainer(NSPO2Mixin, DPOTrainer):
             check_nothing_missing(dataset)
         super()._nspo2_check(given)
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = super()._prepare_dataset(dataset, *args, **kwargs)
-        config, name = args[1], {"train": "training", "eval": "evaluation"}.get(args[2], args[2])
-        words = lost_rows(name, dataset, kept, config.max_length)
-        if words and config.process_index == 0:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
+        kept = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        name = {"train": "training", "eval": "evaluation"}.get(dataset_name, dataset_name)
+        words = lost_rows(name, dataset, kept, args.max_length)
+        if words and args.process_index == 0:
             logger.warning(words)
         return kept

@@ -142,10 +142,9 @@ class RetainMixin(_BaseTrainer):
     def _nspo2_end(self) -> None:
         """End the projections; the adapter as it was before goes to `unprojected/`, and the figures to the log."""
         retained, before = self.nspo2_retained, {}
-        if self.state.global_step == 0 or not (retained and self.args.nspo2_enabled):
-            retained = None
-        elif retained.config.project != "after":
-            retained = None
+        trained = self.args.nspo2_enabled and self.state.global_step > 0
+        if not (trained and retained is not None and retained.config.project == "after"):
+            retained = None  # the adapter is not changed here, so there is nothing to compare
         if retained is not None:
             folder = os.path.join(str(self.args.output_dir), UNPROJECTED)
             self._nspo2_save_sharded(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -17,3 +18,11 @@ def refuse_trl() -> None:
     wrong = [need for need in needs if not need.specifier.contains(found, prereleases=True)]
     if wrong:
         raise ImportError(f'nspo2_trl needs {wrong[0]}, and trl {found} is installed: `pip install "{wrong[0]}"`.')
+
+
+def leave_without_trl() -> None:
+    """The same for a command, which it ends in one sentence."""
+    try:
+        refuse_trl()
+    except ImportError as error:
+        sys.exit(f"error: {error}")

@@ -20,7 +20,7 @@ from nspo2_trl.training.summary import told
 from .stats import p_value
 from .tables import line
 from .tasks import LOOKS, make_trainer, short
-from .variance import PAIRS, gradients
+from .variance import PAIRS, gradients, moments
 
 PARTS = 16  # of the fresh micro-batches, for the standard error
 OPTIONS = {"nspo2_enabled": True, "nspo2_projection_rank": 0, OWN[0].removeprefix("--"): OWN[1]}
@@ -33,12 +33,7 @@ away."""
 
 def noise_scale(parts: Sequence[torch.Tensor]) -> float:
     """Trace of the covariance of a pair's gradient over the squared mean, of micro-batches in `parts` (n, d)."""
-    squares = total = n = 0.0
-    for part in parts:
-        n = len(part)
-        squares += part.square().sum().item()
-        total += part.sum(0).square().sum().item()
-    noise, signal = (squares - total / n) / (n - 1), (total - squares) / (n * (n - 1))
+    noise, signal = moments(part[None] for part in parts)
     return PAIRS * noise / signal
 
 

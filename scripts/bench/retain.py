@@ -95,10 +95,9 @@ def lots(options: argparse.Namespace, method: str) -> list[tuple[str, list[Point
     found = [("scaled", [Point(0, scale) for scale in ALONE])]
     for i, rank in enumerate(options.ranks if method in PROJECTED else ()):
         found += [(f"rank{rank}", [Point(rank, scale) for scale in options.scales])]
-        controls = CONTROLS if method == "plain" and i == 0 else ()
-        found += [(f"{control}{rank}", [Point(rank, 1.0)]) for control in controls]
-        fewer = options.texts if method == "plain" and i == 0 else ()
-        found += [(f"texts{number:04}", [Point(rank, 1.0)]) for number in fewer]
+        if method == "plain" and i == 0:
+            others = [f"{control}{rank}" for control in CONTROLS] + [f"texts{number:04}" for number in options.texts]
+            found += [(name, [Point(rank, 1.0)]) for name in others]
     return found
 
 

@@ -205,8 +205,8 @@ def read(path: Path) -> tuple[dict, list[Row]]:
 def words(about: dict) -> str:
     """What a study ran, and what the KL term takes of a step."""
     runs = [run for run in about["runs"] if run["retain_ms"]]
-    text = f"{STEPS[about.get('trainer', 'dpo')]} "
-    text = f"{about['steps']} {text}at rate {about['learning_rate']:g}, LoRA rank 16 on all linear layers. "
+    steps = f"{about['steps']} {STEPS[about.get('trainer', 'dpo')]}"
+    text = f"{steps} at rate {about['learning_rate']:g}, LoRA rank 16 on all linear layers. "
     text += (
         f"Measured on {about['held_out']} held-out pairs and at most {about['chunks']} pieces of text of each kind."
     )

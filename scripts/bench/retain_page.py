@@ -81,9 +81,8 @@ def at_one_loss(rows: Sequence[Row], untrained: float | None = math.log(2)) -> l
         lines += ["", line(["training", "taken out", "seeds", *kinds]), "|---" * (3 + len(kinds)) + "|"]
         for (method, rank, control), logs in found.items():
             if (method, rank) != ("plain", 0):
-                cells = [ratio(logs[kind]) for kind in kinds]
-                number = str(len(logs[kinds[0]]))
-                lines.append(line([METHODS[method].words, taken_out(rank, control), number, *cells]))
+                first = [METHODS[method].words, taken_out(rank, control), str(len(logs[kinds[0]]))]
+                lines.append(line([*first, *(ratio(logs[kind]) for kind in kinds)]))
     return lines
 
 
