@@ -56,8 +56,9 @@ class NSPO2Config(MutableMapping):
     )
     projection_rank: int = whole(
         16,
-        "Directions removed per block, at most. Lower it if `nspo2/signal_removed` is high. 0 measures the noise and "
-        "removes nothing: training is bit-identical to TRL's. 8 of `factored` remove more than 16 of `adapter`.",
+        "Directions removed per block, at most; with `factored` this is for a matrix of mean width, and narrower ones "
+        "have more, wider ones fewer in proportion. Lower it if `nspo2/signal_removed` is high. 0 measures the noise "
+        "and removes nothing: training is bit-identical to TRL's. 8 of `factored` remove more than 16 of `adapter`.",
         note=" (0 projects nothing)",
         trainer=8,
     )

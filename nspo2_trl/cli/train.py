@@ -129,9 +129,7 @@ def report(trainer: NSPO2DPOTrainer) -> None:
         idle = not figures.get("active") and trainer.args.nspo2_projection_rank > 0
         if idle and trainer.nspo2 is not None and trainer.nspo2_diverged_at is None:
             first = f"`nspo2_update_freq` ({trainer.args.nspo2_update_freq}) steps"
-            print(
-                f"NSPO2 projected nothing: the first basis comes after {first}, and the first log after that shows it."
-            )
+            print(f"NSPO2 projected nothing: the first basis comes after {first}, and the next log shows it.")
     print(f"Adapter: {trainer.args.output_dir}")
     print(f"All logged figures: {Path(str(trainer.args.output_dir)) / 'trainer_state.json'}")
 

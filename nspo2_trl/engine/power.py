@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .covariance import CovEstimator
-from .significance import fresh_edge, significant_rank
+from .significance import groups, unseen_rank
+from .state import load_tensors
 
 
 class PowerEstimator(CovEstimator):
@@ -21,13 +22,21 @@ class PowerEstimator(CovEstimator):
         self.summed = False  # whether the buffer holds sums
         self.mixed = False  # whether the newest rows in it were mixtures
         self.before_sums = -1  # the step before the first sums
-        # (B, rank + 1) of rows since then: variances along the i-th direction, which had not seen them, and trace
-        self.fresh = self.trace.new_zeros(num_blocks, self.rank + 1)
+        self.groups = groups(self.rank)
+        # of rows since then, and directions that had not seen them: see [`unseen_rank`]
+        columns = self.rank + len(self.groups) + 1
+        self.fresh = self.trace.new_zeros(num_blocks, 3, columns, dtype=torch.float64)
+
+    def rows_a_sample(self, samples: int, vectors: int) -> int:
+        """As many as let a step fill the buffer, where not all rows of `update_freq` steps fit."""
+        fitting = super().rows_a_sample(samples, vectors)
+        return fitting if samples == 1 or fitting == vectors else min(vectors, max(1, self.rank // samples))
 
     def room(self, samples: int, vectors: int) -> torch.Tensor | None:
-        fits = samples == 1 or self.rows_a_sample(samples, vectors) == vectors
-        full = sum(count for _, count in self.learned[: self.rank]) >= self.rank  # else some directions are still zero
-        adds = not fits and full and (self.summed or not self.row_steps)
+        fits = samples == 1 or super().rows_a_sample(samples, vectors) == vectors
+        # else some directions are still zero; twice, since the first rows of `lora_A` are zero as B is
+        rows = self.rows_a_sample(samples, vectors) * sum(count for _, count in self.learned[: 2 * self.rank])
+        adds = not fits and rows >= 2 * self.rank and (self.summed or not self.row_steps)
         return None if adds else super().room(samples, vectors)
 
     def learn(self, rows: torch.Tensor, kept: torch.Tensor | None, energy: torch.Tensor, seed: int) -> None:
@@ -41,13 +50,23 @@ class PowerEstimator(CovEstimator):
             self._resize(2 * self.rank)
         place = self.stack[:, self.rank : 2 * self.rank]
         coords = self.total(flat @ self.basis.to(flat.dtype).mT)
-        found, fresh = coords.mT @ flat, torch.cat([coords.square().sum(1), energy[:, None]], 1)
+        found = coords.mT @ flat
         if self.row_steps:
             found.add_(place, alpha=self.decay ** (self.step + 1 - self.row_steps[-1]))
         place.copy_(found)
-        self.fresh = fresh.add_(self.fresh, alpha=self.decay ** (self.step + 1 - self.learned[-1][0]))
+        self._see(coords.unflatten(1, rows.shape[1:3]), self.total(rows.flatten(2).square().sum(2)))
         self.summed, self.row_steps = True, []
         self._count(energy, self.rank, rows.shape[1] - 1)
+
+    def _see(self, coords: torch.Tensor, energy: torch.Tensor) -> None:
+        """Add a step to `fresh` by its rows' coordinates (B, n, m, rank) and the energy of each micro-batch (B, n)."""
+        along = coords.square().sum(2)
+        groups = [part.sum(2, keepdim=True) for part in along.split(self.groups, 2)]
+        found = torch.cat([along, *groups, energy[:, :, None]], 2).double()
+        squares = torch.stack([found.square(), found * energy[:, :, None]], 1).sum(2)
+        fade, n = self.decay ** (self.step + 1 - self.learned[-1][0]), len(energy[0])
+        self.fresh[:, 0] = found.sum(1) + self.fresh[:, 0] * fade
+        self.fresh[:, 1:] = squares * (n / (n - 1)) + self.fresh[:, 1:] * fade**2
 
     def slot(self, count: int) -> torch.Tensor:
         if self.summed:
@@ -59,7 +78,10 @@ class PowerEstimator(CovEstimator):
 
     def solve(self, hold_last: int = 0) -> None:
         if not self.summed:
-            return super().solve(hold_last)
+            before, early = self.solved, self.mixed and self.step - self.solved < self.update_freq
+            super().solve(hold_last)
+            self.solved = before if early else self.step
+            return
         self.solved, self.trace = self.step, self.running_trace
         past, self.sketch_step = self.values * self.decay ** (self.step - self.sketch_step), self.step
         sums = self.stack[:, self.rank : 2 * self.rank].to(self.dtype) * self.decay ** (self.step - self.row_steps[-1])
@@ -72,14 +94,14 @@ class PowerEstimator(CovEstimator):
         if self.before_sums < 0:
             # of mixtures, few and heavy-tailed, no direction counts before unseen rows confirm it
             return None if self.mixed else super().significant(limit, held)
-        learned = [(age, count) for age, count in self.ages() if self.step - age > self.before_sums]
-        edge = fresh_edge(self.dim, limit, learned, self.decay)
-        return significant_rank(self.fresh[:, :-1], self.fresh[:, -1], edge)
+        weights = [(count, self.decay**age) for age, count in self.ages() if self.step - age > self.before_sums]
+        count = sum(c * w for c, w in weights) ** 2 / sum(c * w * w for c, w in weights)
+        return unseen_rank(self.fresh, self.groups, self.dim, count).clamp(max=limit)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"fresh": self.fresh, "sums": [self.summed, self.mixed, self.before_sums]}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.fresh = state["fresh"].to(self.fresh, copy=True)
+        load_tensors(self, ["fresh"], state)
         self.summed, self.mixed, self.before_sums = state["sums"]

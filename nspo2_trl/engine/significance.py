@@ -35,15 +35,45 @@ def noise_edge(
     return _edge(dim, limit, ages, tuple(sum(rows for _, rows in part) for part in parts), decay, overlapping)
 
 
-def fresh_edge(dim: int, limit: int, learned: Sequence[tuple[int, int]], decay: float) -> torch.Tensor:
-    """The same for variances along directions that the rows had no part in: they only scatter around the mean.
+def groups(rank: int) -> list[int]:
+    """Sizes of the groups in which `rank` directions are tested: 1, 1, 2, 4, 8, … and the rest."""
+    sizes: list[int] = []
+    while sum(sizes) < rank:
+        sizes.append(min(max(1, sum(sizes)), rank - sum(sizes)))
+    return sizes
 
-    Args and returns: see [`noise_edge`]. Added are 2 standard errors of a variance from as many rows, √(2/N).
+
+def unseen_rank(sums: torch.Tensor, groups: Sequence[int], dim: int, count: float) -> torch.Tensor:
+    """How many leading directions take more noise than white noise would, of micro-batches that they have not seen.
+
+    A share is compared with that of all that is left, evenly. Its standard error is that of a ratio of sums over
+    micro-batches (delta method). Leading groups have to stand out by 2 of them, of few micro-batches by more, as the
+    quantile of Student's distribution grows; the last direction that counts, among theirs, by 1.
+
+    Args:
+        sums: (B, 3, k + G + 1) over micro-batches of weights w: Σ w e, Σ w² e² and Σ w² e E, where e is the energy
+            along each of k directions, in each of G groups of them, or the whole energy E. Those of squares times
+            n / (n - 1) for n in a step.
+        groups: their sizes, which add up to k. dim: d. count: of independent micro-batches, in effect.
+
+    Returns:
+        (B,) whole numbers from 0 to k.
     """
-    ages, count = torch.tensor(learned, dtype=torch.float64).T
-    weights = count * decay**ages
-    error = math.sqrt(2 * (weights * decay**ages).sum() / weights.sum() ** 2)
-    return (1 + 2 * error) / (dim - torch.arange(limit, dtype=torch.float64))
+    sizes = torch.tensor([1] * sum(groups) + list(groups), device=sums.device)
+    energy, squares, products = sums.unbind(1)
+    whole = energy[:, -1:].clamp_min(torch.finfo(sums.dtype).tiny)
+    share = energy[:, :-1] / whole
+    variance = squares[:, :-1] - 2 * share * products[:, :-1] + share.square() * squares[:, -1:]
+    error = variance.clamp_min(0).sqrt() / whole
+
+    def stand_out(part: slice, errors: float) -> torch.Tensor:
+        own, size = share[:, part], sizes[part]
+        even = (1 - own.cumsum(1) + own) * size / (dim - size.cumsum(0) + size)
+        return own - errors * error[:, part] > even
+
+    k = sum(groups)
+    among = torch.cumprod(stand_out(slice(k, None), 2 + 4 / count), 1).repeat_interleave(sizes[k:], 1)
+    return (stand_out(slice(k), 1) * among * torch.arange(1, k + 1, device=sums.device)).amax(1)
 
 
 @functools.lru_cache(maxsize=64)

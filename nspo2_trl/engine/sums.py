@@ -40,6 +40,29 @@ class FilterSums:
         self.tensor.zero_()
 
 
+class Norms:
+    """Mean norms of the gradient before and after the filter, and the share of steps in which it was active.
+
+    Parameters:
+        tensor: (4,) float64, Σ norm before, Σ norm after, steps, active ones. largest: mean norm before, so far.
+    """
+
+    def __init__(self) -> None:
+        self.tensor, self.largest = torch.zeros(4, dtype=torch.float64), 0.0
+
+    def add(self, squares: torch.Tensor, active: bool, decay: float) -> None:
+        """A step: (2,) squared norms before and after; what was added before fades by `decay`."""
+        self.tensor = self.tensor.to(squares.device) * decay
+        self.tensor += torch.cat([squares.sqrt(), squares.new_tensor([1.0, active])])
+
+    def figures(self) -> dict[str, float]:
+        before, after, steps, active = self.tensor.tolist()
+        if not steps:
+            return {}
+        self.largest = max(self.largest, before / steps)
+        return {"grad_norm_raw": before / steps, "grad_norm": after / steps, "active": active / steps}
+
+
 def summarize(
     sums: Sequence[FilterSums],
     gauges: Sequence[Gauge],
@@ -72,11 +95,12 @@ def summarize(
 
 
 def spectrum(values: Sequence[torch.Tensor], traces: Sequence[torch.Tensor]) -> list[float]:
-    """Tracked eigenvalues as shares of the noise, mean over blocks, largest first.
+    """Tracked eigenvalues as shares of the noise, largest first, each the mean over the blocks that track as many.
 
     Args:
         values: of each stack (B, k). traces: of each (B,), of the whole covariance.
     """
-    shares = [own / trace[:, None].clamp_min(1e-30) for own, trace in zip(values, traces)]
-    width = min((share.shape[1] for share in shares), default=0)
-    return torch.cat([share[:, :width].double().cpu() for share in shares]).mean(0).tolist() if width else []
+    shares = [(own / trace[:, None].clamp_min(1e-30)).double().cpu() for own, trace in zip(values, traces)]
+    most = max((share.shape[1] for share in shares), default=0)
+    columns = ([share[:, i] for share in shares if share.shape[1] > i] for i in range(most))
+    return [torch.cat(column).mean().item() for column in columns]

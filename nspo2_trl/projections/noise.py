@@ -11,16 +11,17 @@ import torch
 import torch.distributed as dist
 
 from ..config import NSPO2Config
-from ..engine.eigensolvers import Total, check_exact
+from ..engine.eigensolvers import check_exact
 from ..engine.filter import NoiseFilter, figures
 from ..engine.finite import all_finite
 from ..engine.sentinel import BiasSentinel
 from ..engine.state import in_dtype, map_columns
-from ..engine.sums import spectrum
+from ..engine.sums import Norms, spectrum
 from ..layout.blocks import Block, units
 from ..layout.stacks import Stack, stacked
 from ..metrics import VANISHED
 from .protocol import Step
+from .ranks import config_for, mean_width
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,15 @@ class NoiseProjection:
         self.sentinel = BiasSentinel.of(self.config)
         self.stacks: list[Stack] = []
         self.filters: list[NoiseFilter] = []
+        self.width = 0.0  # that the ranks of the options are for, see [`config_for`]
         self.follow(blocks, layout)
-        self.skipped_steps, self.largest = 0, 0.0  # steps; mean gradient norm between two calls of `metrics`
+        self.skipped_steps, self.norms = 0, Norms()
         self._samples: list[torch.Tensor | None] = []  # of the step, for each stack; empty where it is left out
-        self._norms = torch.zeros(4, dtype=torch.float64)  # Σ norm before, Σ norm after, steps, active steps
 
     def follow(self, blocks: list[Block], layout: Mapping[str, int] | None = None) -> None:
         """Filter `blocks` from now on: the estimate of stacks whose blocks are all among them as they were goes on."""
         found = {unit.name: unit for unit in units(blocks, self.config.covariance)}
+        self.width = self.width or mean_width(found.values())
         progress = self.filters[0].progress if self.filters else 0.0
         kept = [i for i, stack in enumerate(self.stacks) if stack.is_of(found)]
         self.stacks, self.filters = [self.stacks[i] for i in kept], [self.filters[i] for i in kept]
@@ -75,12 +77,12 @@ class NoiseProjection:
                 check_exact(stack.shape[1], stack.shards)
             stack.build()
             self.stacks.append(stack)
-            self.filters.append(NoiseFilter(self.config, self.sentinel, self.recent, self.share, stack.shards))
+            self.filters.append(self._filter(stack))
         self.set_progress(progress)
 
-    @property
-    def total(self) -> Total:
-        return self.filters[0].total
+    def _filter(self, stack: Stack) -> NoiseFilter:
+        config = config_for(self.config, stack.shape[1], self.width)
+        return NoiseFilter(config, self.sentinel, self.recent, self.share, stack.shards)
 
     def holds(self, params: Iterable[torch.Tensor]) -> bool:
         """Whether every parameter that is filtered is one of `params`."""
@@ -127,7 +129,7 @@ class NoiseProjection:
         found = step.samples
         if found is None:  # kept apart where `grad` is needed for the change of the parameters later
             found = [stack.grad.clone()[None] if self.updates else stack.grad[None] for stack in self.stacks]
-        if not all_finite([*(found or [stack.grad for stack in self.stacks]), *step.others], self.total):
+        if not all_finite([*(found or [stack.grad for stack in self.stacks]), *step.others], self.filters[0].total):
             self._samples = []
             self.skipped_steps += 1
             if self.skipped_steps == 1:
@@ -142,7 +144,7 @@ class NoiseProjection:
                 stack.read_params()
                 stack.before.copy_(stack.grad)
         else:
-            self._filter(Stack.write_grads)
+            self._apply(Stack.write_grads)
         return True
 
     @torch.no_grad()
@@ -152,7 +154,7 @@ class NoiseProjection:
             for stack in self.stacks:
                 stack.read_params()
                 stack.grad.sub_(stack.before)
-            self._filter(Stack.write_params)
+            self._apply(Stack.write_params)
         self._samples = []
         for stack in self.stacks:
             stack.release()
@@ -160,7 +162,7 @@ class NoiseProjection:
     def end(self) -> None:
         """What was filtered is in the parameters."""
 
-    def _filter(self, write: Callable[[Stack, torch.Tensor], None]) -> None:
+    def _apply(self, write: Callable[[Stack, torch.Tensor], None]) -> None:
         """Filter what is in each stack's `grad`, and have the stack `write` the result where it differs."""
         energies = []
         active = any(part.is_active for part in self.filters)
@@ -171,11 +173,7 @@ class NoiseProjection:
                 after = torch.linalg.vector_norm(result)
                 write(stack, result)
             energies.append(torch.stack([before, after]).to(self.stacks[0].device).square())
-        norms = self.total(torch.stack(energies).sum(0)).sqrt()
-        self._norms = self._norms.to(norms.device) * self.filters[0].sums_decay
-        self._norms[:2] += norms
-        self._norms[2] += 1
-        self._norms[3] += active
+        self.norms.add(self.filters[0].total(torch.stack(energies).sum(0)), active, self.filters[0].sums_decay)
 
     def set_progress(self, progress: float) -> None:
         """Share of training done, for `anneal`."""
@@ -191,15 +189,12 @@ class NoiseProjection:
 
     def metrics(self, batch_size: float = 1.0) -> dict[str, float]:
         """Figures since the last call, or of recent steps, see [`summarize`]; waits for the device."""
-        before, after, steps, active = self._norms.tolist()
-        found = {"skipped_steps": self.skipped_steps, **figures(self.filters, batch_size)}
-        if steps:
-            self.largest = max(self.largest, before / steps)
-            if before / steps < VANISHED * self.largest:
-                found.pop("variance_reduction", None)
-            found |= {"grad_norm_raw": before / steps, "grad_norm": after / steps, "active": active / steps}
+        norms = self.norms.figures()
+        found = {"skipped_steps": self.skipped_steps, **figures(self.filters, batch_size), **norms}
+        if norms and norms["grad_norm_raw"] < VANISHED * self.norms.largest:
+            found.pop("variance_reduction", None)
         if not self.recent:
-            self._norms.zero_()
+            self.norms.tensor.zero_()
             for part in self.filters:
                 if part.gauge is not None:
                     part.sums.reset()
@@ -232,8 +227,9 @@ class NoiseProjection:
             "blocks": self._names(),
             "sentinel": self.sentinel.state_dict(),
             "skipped_steps": self.skipped_steps,
-            "norms": self._norms.clone(),
-            "largest": self.largest,
+            "norms": self.norms.tensor.clone(),
+            "width": self.width,
+            "largest": self.norms.largest,
         }
 
     def _names(self) -> dict[str, int]:
@@ -243,8 +239,10 @@ class NoiseProjection:
         """Raises `ValueError` where the state was saved for other blocks, LoRA ranks or `max_rank`."""
         if list(state["blocks"].items()) != list(self._names().items()):
             raise ValueError(f"it was saved for {len(state['blocks'])} blocks, which are not the ones of this run")
+        self.width = state.get("width", math.inf)
+        self.filters = [self._filter(stack) for stack in self.stacks]
         for stack, part, saved in zip(self.stacks, self.filters, state["groups"].values()):
             part.load_state_dict(map_columns(saved, stack.shards.cut) if stack.shards else saved, stack.device)
         self.sentinel.load_state_dict(state["sentinel"])
-        self.skipped_steps, self.largest = state["skipped_steps"], state.get("largest", 0.0)
-        self._norms = state["norms"].to(self._norms, copy=True)
+        self.skipped_steps, self.norms.largest = state["skipped_steps"], state.get("largest", 0.0)
+        self.norms.tensor = state["norms"].to(self.norms.tensor, copy=True)

@@ -83,7 +83,7 @@ class MicroBatchMixin(_BaseTrainer):
             known = self.nspo2
             self._nspo2_start()
             if known.filters[0].step_count and known.holds(self.model.parameters()):
-                self.nspo2.skipped_steps, self.nspo2.largest = known.skipped_steps, known.largest
+                self.nspo2.skipped_steps, self.nspo2.norms.largest = known.skipped_steps, known.norms.largest
                 logger.warning(
                     "What is trained, the batch or an option of NSPO2 was changed, at step %d: the noise estimate "
                     "starts anew.",

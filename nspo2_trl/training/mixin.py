@@ -160,7 +160,7 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
         self.nspo2_diverged.see_gradient(all(found), self.state.global_step + 1)
         if all(found) or not self._nspo2_drops():
             return
-        if any_bad((p.grad for p in self.model.parameters()), self.nspo2.total):
+        if any_bad((p.grad for p in self.model.parameters()), self.nspo2.filters[0].total):
             self.optimizer.zero_grad(set_to_none=True)
 
     def _nspo2_after_step(self) -> None:
