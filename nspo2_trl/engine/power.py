@@ -23,6 +23,9 @@ class PowerEstimator(CovEstimator):
         self.mixed = False  # whether the newest rows in it were mixtures
         self.before_sums = -1  # the step before the first sums
         self.groups = groups(self.rank)
+        # (rank, rank + G): from energies along directions to those, and those of the groups
+        each = torch.eye(self.rank).to(self.trace)
+        self.grouped = torch.cat([each, *(part.sum(1, keepdim=True) for part in each.split(self.groups, 1))], 1)
         # of rows since then, and directions that had not seen them: see [`unseen_rank`]
         columns = self.rank + len(self.groups) + 1
         self.fresh = self.trace.new_zeros(num_blocks, 3, columns, dtype=torch.float64)
@@ -54,15 +57,15 @@ class PowerEstimator(CovEstimator):
         if self.row_steps:
             found.add_(place, alpha=self.decay ** (self.step + 1 - self.row_steps[-1]))
         place.copy_(found)
-        self._see(coords.unflatten(1, rows.shape[1:3]), self.total(rows.flatten(2).square().sum(2)))
+        self._see(
+            coords.unflatten(1, rows.shape[1:3]), self.total(torch.linalg.vector_norm(rows.flatten(2), dim=2).square())
+        )
         self.summed, self.row_steps = True, []
         self._count(energy, self.rank, rows.shape[1] - 1)
 
     def _see(self, coords: torch.Tensor, energy: torch.Tensor) -> None:
         """Add a step to `fresh` by its rows' coordinates (B, n, m, rank) and the energy of each micro-batch (B, n)."""
-        along = coords.square().sum(2)
-        groups = [part.sum(2, keepdim=True) for part in along.split(self.groups, 2)]
-        found = torch.cat([along, *groups, energy[:, :, None]], 2).double()
+        found = torch.cat([coords.square().sum(2) @ self.grouped, energy[:, :, None]], 2).double()
         squares = torch.stack([found.square(), found * energy[:, :, None]], 1).sum(2)
         fade, n = self.decay ** (self.step + 1 - self.learned[-1][0]), len(energy[0])
         self.fresh[:, 0] = found.sum(1) + self.fresh[:, 0] * fade
