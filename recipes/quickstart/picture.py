@@ -3,7 +3,7 @@ r"""Draw what retained texts change: two runs of the quick start, with and witho
     nspo2 train --config recipes/quickstart/dpo.yaml --eval_steps 20
     nspo2 train --config recipes/quickstart/dpo.yaml --eval_steps 20 --nspo2_retain_kl 0 --nspo2_retain_project no \
         --output_dir out/quickstart-plain
-    python recipes/quickstart/picture.py out/quickstart out/quickstart-plain --out out/retain_quickstart.png
+    python recipes/quickstart/picture.py out/quickstart out/quickstart-plain --out out/quickstart.png
 
 The loss of held-out pairs and the KL on retained texts are from the logs; the sums are done here. Needs matplotlib.
 """

@@ -67,7 +67,13 @@ def run(argv: list[str]) -> int:
     """Run what is missing; returns how many cells failed."""
     found = _parser("convergence", HELP)
     found.add_argument("--phase", choices=["select", "report", "all"], default="all")
-    found.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", default=list(METHODS))
+    found.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        metavar="METHOD",
+        default=[name for name in METHODS if name != "default"],
+    )
     found.add_argument("--rates", nargs="+", type=float, default=RATES, help="rates that are tried")
     found.add_argument("--extend", type=int, default=3, help="how often to go on where the best rate is at the edge")
     found.add_argument("--select_seeds", nargs="+", type=int, default=grid.SELECT)
@@ -75,6 +81,7 @@ def run(argv: list[str]) -> int:
     found.add_argument("--held_out", type=int, default=300, help="pairs of every evaluation")
     found.add_argument("--samples", type=int, default=200, help="continuations at the end of a reported run")
     found.add_argument("--only", default="", help="key=value,…: only these cells (task, method, lr, seed, role)")
+    found.add_argument("--name", default="convergence", help="of the study: its raw file is NAME.jsonl.gz")
     options = found.parse_args(argv)
     if options.steps % 20:
         raise SystemExit(f"error: `--steps` {options.steps}: give a multiple of 20, the number of logs of a run.")
@@ -87,13 +94,13 @@ def run(argv: list[str]) -> int:
             failed += grid.run_cells(raw, cells, folders, options.workers, label)
 
     for task in folders:
-        common = {"study": "convergence", "task": task, "steps": options.steps}
+        common = {"study": options.name, "task": task, "steps": options.steps}
         common |= {"held_out": options.held_out, "samples": options.samples}
         tried = grid.select_cells(common, methods, options.rates, options.select_seeds)
         if options.phase != "report":
             go(tried, f"{task}, rates")
             for _ in range(options.extend):
-                records, more = grid.read(raw, "convergence"), []
+                records, more = grid.read(raw, options.name), []
                 for method in methods:
                     losses = grid.losses_by_rate(records, task, method)
                     rates = grid.beyond(losses) if losses else []
@@ -103,7 +110,7 @@ def run(argv: list[str]) -> int:
             chosen = {key: values for key, values in only.items() if key in ("task", "method")}
             if left := grid.missing(raw, [cell for cell in tried if grid.wanted(cell, chosen)]):
                 raise SystemExit(f"error: {len(left)} cells that choose the rates are missing: run `--phase select`.")
-            cells = grid.report_cells(common, grid.read(raw, "convergence"), methods, range(options.report_seeds))
+            cells = grid.report_cells(common, grid.read(raw, options.name), methods, range(options.report_seeds))
             go(cells, f"{task}, reported runs")
     _say_next(raw)
     return failed

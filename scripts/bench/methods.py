@@ -19,6 +19,7 @@ METHODS = {
     "noise": KEEP | {"nspo2_strategy": "noise"},
     "hybrid": KEEP | {"nspo2_strategy": "hybrid"},
     "keep-factored": KEEP | FACTORED,
+    "default": {"nspo2_strategy": "keep"},
     "random": KEEP,
     "batch-x1.5": {"gradient_accumulation_steps": 6},
 }
@@ -28,7 +29,8 @@ WORDS = {
     "keep": "NSPO2 `keep`, rank at most 16 per adapter",
     "noise": "NSPO2 `noise`, rank at most 16 per adapter; the default bounds on the bias lower it",
     "hybrid": "NSPO2 `hybrid`, rank at most 16 per adapter; the default bounds on the bias lower it",
-    "keep-factored": "`keep`, factored covariance, rank 4 per matrix",
+    "default": "the trainers' defaults of this version: `keep`, factored covariance, rank 8 for the mean width",
+    "keep-factored": "`keep`, factored covariance, rank 4 per matrix, as it was before the power method",
     "keep-update": "`keep` on the optimizer's change, not on the gradient",
     "keep-anneal": "`keep`, fading out over the first half of the run",
     "random": "`keep` with random directions in the place of the estimated ones, as many of them",
