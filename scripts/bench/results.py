@@ -14,6 +14,7 @@ from .tables import READING, add_speed_and_frontier, compare, line, section, wor
 
 MARKS = "<!-- made by scripts/benchmark.py tables -->", "<!-- end of what it made -->"
 OVERHEAD = "overhead_quickstart_cpu.json"
+TODAY = "default"  # study of the trainers' defaults; the others were run with those of before
 
 
 def judged(bounds: list[tuple[float, float] | None], low: float, high: float) -> str:
@@ -25,11 +26,11 @@ def judged(bounds: list[tuple[float, float] | None], low: float, high: float) ->
     return "holds" if all(inside) else "fails" if all(outside) else "mixed" if any(inside + outside) else "unclear"
 
 
-def claims(rows_of: dict[str, list[dict]], overhead: Path) -> list[str]:
-    """The published claims against `keep`, the trainer's default, at each method's own best rate."""
+def claims(rows_of: dict[str, list[dict]], overhead: Path, method: str) -> list[str]:
+    """The published claims against `method`, at each method's own best rate."""
     found: dict[str, dict[str, tuple]] = {"removed": {}, "early": {}, "final": {}, "time": {}}
     for task, rows in rows_of.items():
-        for keep in (row for row in rows if row["method"] == "keep"):
+        for keep in (row for row in rows if row["method"] == method):
             if keep["removed"]:
                 found["removed"][task] = statistics.fmean(keep["removed"]), interval(keep["removed"])
             ratio, bounds, _ = keep[0.25]
@@ -39,7 +40,8 @@ def claims(rows_of: dict[str, list[dict]], overhead: Path) -> list[str]:
     if "ratio_of_sums" in cell:
         low, high = cell["ratio_of_sums_interval"]
         found["time"]["quickstart"] = cell["ratio_of_sums"] - 1, (low - 1, high - 1)
-    grid = "`python scripts/benchmark.py convergence`"
+    more = f" --name {TODAY} --methods plain {method}" if method == "default" else ""
+    grid = f"`python scripts/benchmark.py convergence{more}`"
     timing = (
         "`OMP_NUM_THREADS=1 python scripts/benchmark.py overhead --config recipes/quickstart/dpo.yaml --steps 450`"
     )
@@ -49,7 +51,10 @@ def claims(rows_of: dict[str, list[dict]], overhead: Path) -> list[str]:
         ("final", "held-out loss at the end, against plain's", "within 1.5 %", (-1, 0.015), "+", grid),
         ("time", "time of a step", "under +5 %", (-1, 0.05), "+", timing),
     ]
-    lines = [line(["claim", "published", "measured: `keep` against plain", "verdict", "command"]), "|---" * 5 + "|"]
+    lines = [
+        line(["claim", "published", f"measured: `{method}` against plain", "verdict", "command"]),
+        "|---" * 5 + "|",
+    ]
     for name, what, claim, range_, sign, command in published:
         texts = (f"{task} {words(*figure, sign + '.1f', 100, ' %')}" for task, figure in found[name].items())
         verdict = judged([bounds for _, bounds in found[name].values()], *range_)
@@ -67,11 +72,9 @@ def fill(page: Path, title: str, lines: list[str]) -> Path:
     return page
 
 
-def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
-    """Write `results.md` of the folder `docs`, and the plots; returns the paths."""
-    docs.mkdir(parents=True, exist_ok=True)
-    records, paths, rows_of = read(raw, "convergence"), [], {}
-    parts: dict[str, list[str]] = {"variance": [], "convergence": []}
+def training(raw: Path, study: str, docs: Path) -> tuple[dict[str, list[dict]], list[str], list[Path]]:
+    """Of a study of runs: rows by task, lines for the page, plots that were drawn."""
+    records, rows_of, lines, paths = read(raw, study), {}, [], []
     for task in dict.fromkeys(record["cell"]["task"] for record in records):
         rows = compare(records, task)
         if not rows:
@@ -79,16 +82,26 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
             continue
         add_speed_and_frontier(rows, records, task)
         rows_of[task] = rows
-        paths.append(docs / f"convergence_{task}.png")
+        paths.append(docs / f"{study}_{task}.png")
         pictures.draw(records, rows, task, paths[-1])
-        parts["convergence"] += ["", f"### {task}", "", *section(records, rows, task, paths[-1].name)]
+        lines += ["", f"### {task}" + (", today's default" if study == TODAY else ""), ""]
+        lines += section(records, rows, task, paths[-1].name)
+    return rows_of, lines, paths
+
+
+def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
+    """Write `results.md` of the folder `docs`, and the plots; returns the paths."""
+    docs.mkdir(parents=True, exist_ok=True)
+    rows_of, trained, paths = training(raw, "convergence", docs)
+    rows_today, today, more = training(raw, TODAY, docs)
+    paths, parts = paths + more, []
     records = read(raw, "variance")
     for task in dict.fromkeys(record["cell"]["task"] for record in records):
         own = [record for record in records if record["cell"]["task"] == task]
         paths.append(docs / f"variance_{task}.png")
         scores = variance_tables.scores_of(own)
         variance_tables.draw(scores, len(own), task, paths[-1])
-        parts["variance"] += ["", f"### {task}", "", *variance_tables.section(own, scores, task, paths[-1].name)]
+        parts += ["", f"### {task}", "", *variance_tables.section(own, scores, task, paths[-1].name)]
     if not rows_of:
         return []
     about = (
@@ -96,11 +109,12 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         "for `stories` see [reproducing.md](reproducing.md)."
     )
     forgotten, drawn = retain_page.section(raw, docs)
-    lines = [*forgotten, "## The four claims", "", about, "", *claims(rows_of, overhead)]
-    if parts["variance"]:
-        lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts["variance"]]
+    lines = [*forgotten, "## The four claims", "", about, ""]
+    lines += claims(rows_today or rows_of, overhead, "default" if rows_today else "keep")
+    if parts:
+        lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts]
     if records := read(raw, "gauge"):
         lines += gauge.section(records)
-    lines += ["## What it does to training", "", READING, *parts["convergence"]]
+    lines += ["## What it does to training", "", READING, *today, *trained]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
     return [fill(docs / "results.md", "Results", lines), *paths, *drawn]
