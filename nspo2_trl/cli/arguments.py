@@ -15,7 +15,7 @@ from ..config import refuse_removed
 from ..training.checkpoints import first_line, last_whole, refuse_half, refuse_trained
 from ..training.options import NSPO2DPOConfig
 from .checks import check_values
-from .recipe import make_parser, read_recipe
+from .recipe import TAKES, make_parser, mapping, read_recipe
 from .words import apart, refuse_unknown, spell_out, with_config
 
 RETAIN, NONE = "--nspo2_retain_dataset", ("", "none", "null", "no", "false")  # the recipe's texts are left out
@@ -101,14 +101,20 @@ def parse(argv: list[str]) -> tuple:
         parser.set_defaults(nspo2_retain_dataset=None)
         del argv[off : off + 2]
     known = [option for action in parser._actions for option in action.option_strings]
-    for arg in argv:
-        refuse_removed({arg.split("=")[0].removeprefix("--"): None}, prefix="nspo2_")
+    for arg, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = arg.removeprefix("--").partition("=")
+        refuse_removed({name: None}, prefix="nspo2_")
         refuse_unknown(arg, known)
+        if arg.startswith("--") and dict in TAKES.get(name.replace("-", "_"), ()):
+            try:
+                mapping(value if equals else following)
+            except ValueError as error:
+                raise ValueError(f"`{name}` must be {error}, got {(value if equals else following)!r}.") from None
     lists = [option for action in parser._actions if action.nargs == "+" for option in action.option_strings]
     try:
         script_args, args, model_args, mixture = parser.parse_args_into_dataclasses(spell_out(argv, lists))
-    except TypeError as error:  # of what is made of a mapping, such as `accelerator_config`
-        raise ValueError(f"An option that takes a mapping has a key that is none: {first_line(error)}.") from error
+    except TypeError as error:  # of what is made of a mapping
+        raise ValueError(f"`accelerator_config`: a mapping has a key that is none: {first_line(error)}.") from error
     except ValueError as error:
         if unknown := re.search(r"not used by the HfArgumentParser: (\[.*\])", str(error)):
             raise ValueError(f"{unknown[1]} belongs to no option: one recipe, and options with `--`.") from error

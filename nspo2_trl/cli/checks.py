@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import Field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import DatasetMixtureConfig, ModelConfig
@@ -63,6 +65,12 @@ def check_values(
     for name, row in RANGES.items():
         check(row, name, getattr(args, name, getattr(model_args, name, None)))
     refuse_arguments(args)
+    if args.optim_args and not all("=" in pair for pair in args.optim_args.split(",")):
+        raise ValueError(f"`optim_args` must be key=value, separated by commas, got {args.optim_args!r}.")
+    for key in args.gradient_checkpointing_kwargs or {}:
+        known = [*{*inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs"}, "preserve_rng_state"]
+        if key not in known:
+            raise ValueError(f"`gradient_checkpointing_kwargs`: {key!r} is none of {', '.join(sorted(known))}.")
     for kind in args.loss_type:
         if kind not in LOSS_TYPES:
             raise ValueError(f"`loss_type`: {kind!r} is none of {', '.join(LOSS_TYPES)}.{nearest(kind, LOSS_TYPES)}")

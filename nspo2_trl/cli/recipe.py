@@ -68,9 +68,19 @@ def read_recipe(path: Path, parser: TrlParser) -> dict[str, Any]:
     return recipe
 
 
+def mapping(value: Any) -> Any:
+    """`value`, for an option that takes a mapping, as JSON too, or the file of one; else raises `ValueError`."""
+    text = isinstance(value, str) and (value.lstrip().startswith("{") or Path(value).is_file())
+    if not (text or value is None or isinstance(value, dict)):
+        raise ValueError("a mapping, as JSON '{\"key\": 1}' where it is text, or a file of one")
+    return value
+
+
 def _value(action: Action, value: Any) -> Any:
     """What the option takes for `value`; raises `ValueError` with what it must be."""
     number, takes = action.type in (int, float), TAKES[action.dest]
+    if dict in takes:
+        return mapping(value)
     if action.nargs == "+" and action.type in (str, int, float) and value is not None:
         values = split_list(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
         try:
@@ -81,7 +91,7 @@ def _value(action: Action, value: Any) -> Any:
         raise ValueError("a number" if number else "true or false" if bool in takes else "text")
     if number and isinstance(value, bool):
         raise ValueError("a number")
-    if action.type is str and type(value) in (int, float) and dict not in takes:
+    if action.type is str and type(value) in (int, float):
         return str(value)
     choices = [str(choice) for choice in action.choices or ()]
     if value is False and "no" in choices:  # what `no` is in YAML
