@@ -105,9 +105,9 @@ def parse(argv: list[str]) -> tuple:
         name, equals, value = arg.removeprefix("--").partition("=")
         refuse_removed({name: None}, prefix="nspo2_")
         refuse_unknown(arg, known)
-        if arg.startswith("--") and dict in TAKES.get(name.replace("-", "_"), ()):
+        if arg.startswith("--") and dict in TAKES.get(name := name.replace("-", "_"), ()):
             try:
-                mapping(value if equals else following)
+                mapping(name, value if equals else following)
             except ValueError as error:
                 raise ValueError(f"`{name}` must be {error}, got {(value if equals else following)!r}.") from None
     lists = [option for action in parser._actions if action.nargs == "+" for option in action.option_strings]

@@ -65,7 +65,7 @@ def check_values(
     for name, row in RANGES.items():
         check(row, name, getattr(args, name, getattr(model_args, name, None)))
     refuse_arguments(args)
-    if args.optim_args and not all("=" in pair for pair in args.optim_args.split(",")):
+    if args.optim_args and not all(pair.count("=") == 1 for pair in args.optim_args.split(",")):
         raise ValueError(f"`optim_args` must be key=value, separated by commas, got {args.optim_args!r}.")
     for key in args.gradient_checkpointing_kwargs or {}:
         known = [*{*inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs"}, "preserve_rng_state"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Action
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,6 +22,8 @@ TAKES = {
     for kind in KINDS
     for name, hint in get_type_hints(kind).items()
 }
+
+FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # of those that take `dict`: a file too
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,19 +71,19 @@ def read_recipe(path: Path, parser: TrlParser) -> dict[str, Any]:
     return recipe
 
 
-def mapping(value: Any) -> Any:
+def mapping(name: str, value: Any) -> Any:
     """`value`, for an option that takes a mapping, as JSON too, or the file of one; else raises `ValueError`."""
-    text = isinstance(value, str) and (value.lstrip().startswith("{") or Path(value).is_file())
-    if not (text or value is None or isinstance(value, dict)):
-        raise ValueError("a mapping, as JSON '{\"key\": 1}' where it is text, or a file of one")
-    return value
+    a_file = name in FILES and isinstance(value, str) and os.path.isfile(value)
+    if value is None or isinstance(value, dict) or a_file or isinstance(value, str) and value.startswith("{"):
+        return value
+    raise ValueError("a mapping, as JSON '{\"key\": 1}' where it is text" + ", or a file of one" * (name in FILES))
 
 
 def _value(action: Action, value: Any) -> Any:
     """What the option takes for `value`; raises `ValueError` with what it must be."""
     number, takes = action.type in (int, float), TAKES[action.dest]
     if dict in takes:
-        return mapping(value)
+        return mapping(action.dest, value)
     if action.nargs == "+" and action.type in (str, int, float) and value is not None:
         values = split_list(value) if isinstance(value, str) else value if isinstance(value, list) else [value]
         try:

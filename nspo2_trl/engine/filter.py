@@ -131,7 +131,7 @@ class NoiseFilter:
     def rank_limit(self) -> int:
         """What may be removed at most: `projection_rank`, less where the sentinel says so; half of a small block."""
         assert self.cov is not None
-        return min(math.ceil(self.config.projection_rank * self.sentinel.rank_share), self.cov.dim // 2)
+        return math.ceil(min(self.config.projection_rank, self.cov.dim // 2) * self.sentinel.rank_share)
 
     @property
     def strength(self) -> float:

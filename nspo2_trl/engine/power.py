@@ -8,6 +8,9 @@ from .covariance import CovEstimator
 from .significance import groups, unseen_rank
 from .state import load_tensors
 
+LONGEST = 20  # steps learned from that the first directions may take
+AHEAD = 3  # how much faster than the covariance the evidence fades: earlier directions were worse ones
+
 
 class PowerEstimator(CovEstimator):
     """Σ_t decayᵃᵍᵉ rows_tᵀ rows_t in low rank. Once there are directions k, Σ (x kᵀ) x over rows x is summed for each.
@@ -21,12 +24,13 @@ class PowerEstimator(CovEstimator):
         super().__init__(num_blocks, dim, rank, *args, **options, most=rank)  # type: ignore[arg-type, misc]
         self.summed = False  # whether the buffer holds sums
         self.mixed = False  # whether the newest rows in it were mixtures
-        self.before_sums = -1  # the step before the first sums
+        self.mixtures = self.trace  # (B,) independent rows that the first directions come from
+        self.fresh_step = -1  # the newest step of `fresh`
         self.groups = groups(self.rank)
         # (rank, rank + G): from energies along directions to those, and those of the groups
         each = torch.eye(self.rank).to(self.trace)
         self.grouped = torch.cat([each, *(part.sum(1, keepdim=True) for part in each.split(self.groups, 1))], 1)
-        # of rows since then, and directions that had not seen them: see [`unseen_rank`]
+        # of rows, and directions that had not seen them: see [`unseen_rank`]
         columns = self.rank + len(self.groups) + 1
         self.fresh = self.trace.new_zeros(num_blocks, 3, columns, dtype=torch.float64)
 
@@ -37,17 +41,18 @@ class PowerEstimator(CovEstimator):
 
     def room(self, samples: int, vectors: int) -> torch.Tensor | None:
         fits = samples == 1 or super().rows_a_sample(samples, vectors) == vectors
-        # else some directions are still zero; twice, since the first rows of `lora_A` are zero as B is
-        rows = self.rows_a_sample(samples, vectors) * sum(count for _, count in self.learned[: 2 * self.rank])
-        adds = not fits and rows >= 2 * self.rank and (self.summed or not self.row_steps)
-        return None if adds else super().room(samples, vectors)
+        if fits or self.row_steps and not self.summed:
+            return super().room(samples, vectors)
+        # a block's first rows may be zero, as `lora_A`'s are while B is; some blocks may never have others
+        full = self.fresh_step >= 0 or len(self.learned) >= LONGEST or bool((self.mixtures >= self.rank).all())
+        return None if full else super().room(samples, vectors)
 
     def learn(self, rows: torch.Tensor, kept: torch.Tensor | None, energy: torch.Tensor, seed: int) -> None:
         if kept is not None:
-            self.mixed = rows.shape[1] > 1 and kept.shape[2] < rows.shape[2]
+            independent = (rows.shape[1] - 1) * kept.shape[2]
+            self.mixed = independent > 0 and kept.shape[2] < rows.shape[2]
+            self.mixtures = self.mixtures + independent * (energy > 0)
             return super().learn(rows, kept, energy, seed)
-        if self.before_sums < 0:
-            self.before_sums = self.step
         flat = rows.flatten(1, 2)
         if self.stack.shape[1] < 2 * self.rank:
             self._resize(2 * self.rank)
@@ -57,19 +62,19 @@ class PowerEstimator(CovEstimator):
         if self.row_steps:
             found.add_(place, alpha=self.decay ** (self.step + 1 - self.row_steps[-1]))
         place.copy_(found)
-        self._see(
-            coords.unflatten(1, rows.shape[1:3]), self.total(torch.linalg.vector_norm(rows.flatten(2), dim=2).square())
-        )
         self.summed, self.row_steps = True, []
         self._count(energy, self.rank, rows.shape[1] - 1)
+        squares = self.total(torch.linalg.vector_norm(rows.flatten(2), dim=2).square())
+        self._see(coords.unflatten(1, rows.shape[1:3]), squares)
 
     def _see(self, coords: torch.Tensor, energy: torch.Tensor) -> None:
         """Add a step to `fresh` by its rows' coordinates (B, n, m, rank) and the energy of each micro-batch (B, n)."""
         found = torch.cat([coords.square().sum(2) @ self.grouped, energy[:, :, None]], 2).double()
         squares = torch.stack([found.square(), found * energy[:, :, None]], 1).sum(2)
-        fade, n = self.decay ** (self.step + 1 - self.learned[-1][0]), len(energy[0])
+        fade, n = self.decay ** (AHEAD * (self.step - max(0, self.fresh_step))), len(energy[0])
         self.fresh[:, 0] = found.sum(1) + self.fresh[:, 0] * fade
         self.fresh[:, 1:] = squares * (n / (n - 1)) + self.fresh[:, 1:] * fade**2
+        self.fresh_step = self.step
 
     def slot(self, count: int) -> torch.Tensor:
         if self.summed:
@@ -94,17 +99,16 @@ class PowerEstimator(CovEstimator):
         self.row_steps, self.summed = [], False
 
     def significant(self, limit: int, held: bool) -> torch.Tensor | None:
-        if self.before_sums < 0:
+        if self.fresh_step < 0:
             # of mixtures, few and heavy-tailed, no direction counts before unseen rows confirm it
             return None if self.mixed else super().significant(limit, held)
-        weights = [(count, self.decay**age) for age, count in self.ages() if self.step - age > self.before_sums]
-        count = sum(c * w for c, w in weights) ** 2 / sum(c * w * w for c, w in weights)
-        return unseen_rank(self.fresh, self.groups, self.dim, count).clamp(max=limit)
+        return unseen_rank(self.fresh, self.groups, self.dim).clamp(max=limit)
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"fresh": self.fresh, "sums": [self.summed, self.mixed, self.before_sums]}
+        own = {"fresh": self.fresh.clone(), "mixtures": self.mixtures}
+        return super().state_dict() | own | {"sums": [self.summed, self.mixed, self.fresh_step]}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        load_tensors(self, ["fresh"], state)
-        self.summed, self.mixed, self.before_sums = state["sums"]
+        load_tensors(self, ["fresh", "mixtures"], {"mixtures": self.mixtures} | state)
+        self.summed, self.mixed, self.fresh_step = state["sums"]

@@ -43,18 +43,19 @@ def groups(rank: int) -> list[int]:
     return sizes
 
 
-def unseen_rank(sums: torch.Tensor, groups: Sequence[int], dim: int, count: float) -> torch.Tensor:
+def unseen_rank(sums: torch.Tensor, groups: Sequence[int], dim: int) -> torch.Tensor:
     """How many leading directions take more noise than white noise would, of micro-batches that they have not seen.
 
     A share is compared with that of all that is left, evenly. Its standard error is that of a ratio of sums over
     micro-batches (delta method). Leading groups have to stand out by 2 of them, of few micro-batches by more, as the
-    quantile of Student's distribution grows; the last direction that counts, among theirs, by 1.
+    quantile of Student's distribution grows; the last direction that counts, among theirs, by 1. Of less than two
+    micro-batches in effect, (Σ w E)² / Σ w² E², so that one that outweighs all others counts as one, none does.
 
     Args:
         sums: (B, 3, k + G + 1) over micro-batches of weights w: Σ w e, Σ w² e² and Σ w² e E, where e is the energy
             along each of k directions, in each of G groups of them, or the whole energy E. Those of squares times
             n / (n - 1) for n in a step.
-        groups: their sizes, which add up to k. dim: d. count: of independent micro-batches, in effect.
+        groups: their sizes, which add up to k. dim: d.
 
     Returns:
         (B,) whole numbers from 0 to k.
@@ -65,14 +66,15 @@ def unseen_rank(sums: torch.Tensor, groups: Sequence[int], dim: int, count: floa
     share = energy[:, :-1] / whole
     variance = squares[:, :-1] - 2 * share * products[:, :-1] + share.square() * squares[:, -1:]
     error = variance.clamp_min(0).sqrt() / whole
+    count = whole.square() / squares[:, -1:].clamp_min(torch.finfo(sums.dtype).tiny)
 
-    def stand_out(part: slice, errors: float) -> torch.Tensor:
+    def stand_out(part: slice, errors: torch.Tensor | float) -> torch.Tensor:
         own, size = share[:, part], sizes[part]
         even = (1 - own.cumsum(1) + own) * size / (dim - size.cumsum(0) + size)
         return own - errors * error[:, part] > even
 
     k = sum(groups)
-    among = torch.cumprod(stand_out(slice(k, None), 2 + 4 / count), 1).repeat_interleave(sizes[k:], 1)
+    among = torch.cumprod(stand_out(slice(k, None), 2 + 4 / count) & (count >= 2), 1).repeat_interleave(sizes[k:], 1)
     return (stand_out(slice(k), 1) * among * torch.arange(1, k + 1, device=sums.device)).amax(1)
 
 

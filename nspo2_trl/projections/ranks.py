@@ -25,5 +25,7 @@ def config_for(config: NSPO2Config, width: int, mean: float) -> NSPO2Config:
     """
     if config.covariance == "adapter" or mean == math.inf:
         return config
-    ranks = {name: config[name] and max(1, round(config[name] * mean / width)) for name in RANKS}
+    ranks = {name: config[name] and max(1, round(config[name] * mean / max(1, width))) for name in RANKS}
+    if config.max_rank > config.projection_rank:  # `keep` takes one direction more where rows are whole blocks
+        ranks["max_rank"] = max(ranks["max_rank"], ranks["projection_rank"] + 1)
     return NSPO2Config(**{**config, **ranks})
