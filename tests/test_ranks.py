@@ -11,6 +11,7 @@ from torch import nn
 
 from nspo2_trl import create_nspo2_optimizer
 from nspo2_trl.config import NSPO2Config
+from nspo2_trl.engine.filter import NoiseFilter
 from nspo2_trl.layout.blocks import Block, units
 from nspo2_trl.projections.noise import NoiseProjection
 from nspo2_trl.projections.protocol import Step
@@ -27,14 +28,26 @@ def test_all_widths_have_equal_state(widths, rank, more):
     for width in widths:
         found = config_for(config, width, mean)
         assert found.max_rank >= found.projection_rank and (found.projection_rank > 0) == (rank > 0)
+        assert found.max_rank > found.projection_rank or more == 0  # `keep` takes one more of whole blocks
         floats = found.max_rank * width
-        assert abs(floats - config.max_rank * mean) <= width / 2 + 1e-6 or floats == width
+        few = found.max_rank in (1, found.projection_rank + 1)
+        assert abs(floats - config.max_rank * mean) <= width / 2 + 1e-6 or few
     assert config_for(config, 7, 7.0) == config
 
 
 @pytest.mark.parametrize("config, mean", [(NSPO2Config(covariance="adapter"), 50.0), (trainer_config(), math.inf)])
 def test_ranks_stay_as_asked_for(config, mean):
     assert dict(config_for(config, 10, mean)) == dict(config)
+
+
+def test_the_sentinel_halves_what_a_small_block_may_lose():
+    engine = NoiseFilter(NSPO2Config(projection_rank=40, max_rank=50, update_freq=1))
+    for _ in range(3):
+        samples = torch.randn(4, 1, 4, 16)
+        engine.step(samples, samples.mean(0))
+    assert engine.rank_limit == 8
+    engine.sentinel.level = 2
+    assert engine.sentinel.rank_share == 0.5 and engine.rank_limit == 4
 
 
 def projection(blocks, width=None):

@@ -39,8 +39,8 @@ class SampleCollector:
       gradient that comes back. It is at most 1.8 (W - 1)/W · D; an all-reduce of the gradients sends 2 (W - 1)/W · D.
     - FSDP2: (W - 1)/W · D · (f n + 2/W); nothing comes back but what a rank has of the gradient. In update space the
       parameters travel too: 4/W in place of 2/W.
-    - Small sums, through all-reduces, 2 (W - 1)/W of: for each block with m vectors m (n W + 3) (k + 1) + 3 numbers a
-      step, with k = `projection_rank`, and at an eigensolve of N rows, k' = `max_rank` of them directions,
+    - Small sums, through all-reduces, 2 (W - 1)/W of: for each block with m vectors m (n W + 3) (k + 1) + n W + 3
+      numbers a step, with k = `projection_rank`, and at an eigensolve of N rows, k' = `max_rank` of them directions,
       (N - k') N + k'², and as much again for eigenvectors that come back. Little beside D, but in tiny models.
 
     Args:
