@@ -76,7 +76,10 @@ def mapping(name: str, value: Any) -> Any:
     a_file = name in FILES and isinstance(value, str) and os.path.isfile(value)
     if value is None or isinstance(value, dict) or a_file or isinstance(value, str) and value.startswith("{"):
         return value
-    raise ValueError("a mapping, as JSON '{\"key\": 1}' where it is text" + ", or a file of one" * (name in FILES))
+    file = ", or a file of one" if name in FILES else ""
+    raise ValueError(
+        f"a mapping{file}" if not isinstance(value, str) else f"a mapping as JSON, '{{\"key\": 1}}'{file}"
+    )
 
 
 def _value(action: Action, value: Any) -> Any:
