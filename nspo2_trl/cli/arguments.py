@@ -95,21 +95,21 @@ def parse(argv: list[str]) -> tuple:
         os.environ |= {name: str(value) for name, value in recipe.pop("env", {}).items()}
         parser.set_defaults_with_config(**recipe)
         del argv[at : at + 2]
-    argv = apart(argv, [RETAIN])
+    options = {option: action.dest for action in parser._actions for option in action.option_strings}
+    mappings = {option: name for option, name in options.items() if dict in TAKES.get(name, ())}
+    argv = apart(argv, [RETAIN, *mappings])
     off = next((i for i, pair in enumerate(zip(argv, argv[1:])) if pair[0] == RETAIN and pair[1].lower() in NONE), -1)
     if off >= 0:
         parser.set_defaults(nspo2_retain_dataset=None)
         del argv[off : off + 2]
-    known = [option for action in parser._actions for option in action.option_strings]
     for arg, following in zip(argv, [*argv[1:], ""]):
-        name, equals, value = arg.removeprefix("--").partition("=")
-        refuse_removed({name: None}, prefix="nspo2_")
-        refuse_unknown(arg, known)
-        if arg.startswith("--") and dict in TAKES.get(name := name.replace("-", "_"), ()):
+        refuse_removed({arg.split("=")[0].removeprefix("--"): None}, prefix="nspo2_")
+        refuse_unknown(arg, [*options])
+        if arg in mappings:
             try:
-                mapping(name, value if equals else following)
+                mapping(mappings[arg], following)
             except ValueError as error:
-                raise ValueError(f"`{name}` must be {error}, got {(value if equals else following)!r}.") from None
+                raise ValueError(f"`{mappings[arg]}` must be {error}, got {following!r}.") from None
     lists = [option for action in parser._actions if action.nargs == "+" for option in action.option_strings]
     try:
         script_args, args, model_args, mixture = parser.parse_args_into_dataclasses(spell_out(argv, lists))

@@ -25,6 +25,10 @@ from .words import nearest
 
 LOSS_TYPES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down
     discopop sft sigmoid_norm""".split()
+# what torch's `checkpoint` takes; the last one it reads out of its `kwargs`
+CHECKPOINTING = sorted(
+    {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+)
 DIVERGENCES = ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 _NOT_NEGATIVE = option(None, lambda v: is_number(v) and v >= 0, "a number of at least 0", "")
 _WHOLE = whole(1, "", least=1)
@@ -68,9 +72,8 @@ def check_values(
     if args.optim_args and not all(pair.count("=") == 1 for pair in args.optim_args.split(",")):
         raise ValueError(f"`optim_args` must be key=value, separated by commas, got {args.optim_args!r}.")
     for key in args.gradient_checkpointing_kwargs or {}:
-        known = [*{*inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs"}, "preserve_rng_state"]
-        if key not in known:
-            raise ValueError(f"`gradient_checkpointing_kwargs`: {key!r} is none of {', '.join(sorted(known))}.")
+        if key not in CHECKPOINTING:
+            raise ValueError(f"`gradient_checkpointing_kwargs`: {key!r} is none of {', '.join(CHECKPOINTING)}.")
     for kind in args.loss_type:
         if kind not in LOSS_TYPES:
             raise ValueError(f"`loss_type`: {kind!r} is none of {', '.join(LOSS_TYPES)}.{nearest(kind, LOSS_TYPES)}")

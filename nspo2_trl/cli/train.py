@@ -45,8 +45,7 @@ def build(
     model = model_args.model_name_or_path
     assert model is not None  # `parse` asks for it
     given = args.model_init_kwargs or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"`model_init_kwargs` must be a mapping, got {given!r}.")
+    assert isinstance(given, dict)  # of other values `parse` says so
     names = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
     own = {name: getattr(model_args, option) for name, option in names.items()}
     args.model_init_kwargs = own | {"trust_remote_code": args.trust_remote_code} | given

@@ -104,6 +104,7 @@ class NoiseFilter:
         if config.projection_rank == 0:
             return
         dim = self.shards.dim if self.shards else width
+        self.most = min(config.projection_rank, dim // 2)  # directions that may be removed, the sentinel aside
         solver = EigSolver(config.eigensolver, config.epsilon, config.seed, self.total, self.spread)
         options: dict[str, Any] = {"samples": n, "vectors": vectors, "share": self.share, "width": width, **kind}
         rank, every, decay = config.max_rank, config.update_freq, config.cov_momentum
@@ -130,8 +131,7 @@ class NoiseFilter:
     @property
     def rank_limit(self) -> int:
         """What may be removed at most: `projection_rank`, less where the sentinel says so; half of a small block."""
-        assert self.cov is not None
-        return math.ceil(min(self.config.projection_rank, self.cov.dim // 2) * self.sentinel.rank_share)
+        return math.ceil(self.most * self.sentinel.rank_share)
 
     @property
     def strength(self) -> float:
@@ -185,13 +185,12 @@ class NoiseFilter:
     def _solve(self) -> None:
         """Merge what was learned into the basis, and find how much of it is significant."""
         assert self.cov is not None
-        config, single = self.config, self.samples == 1
+        single = self.samples == 1
         self.signal_removed.close_window()
         self.cov.solve(hold_last=self.cov.row_steps.count(self.cov.step) if single else 0)
-        limit = min(config.projection_rank, self.cov.dim // 2)
-        found = self.cov.significant(limit, held=single)
+        found = self.cov.significant(self.most, held=single)
         if found is not None:
-            self.rank = found.clamp(min=min(config.min_rank, limit))
+            self.rank = found.clamp(min=min(self.config.min_rank, self.most))
 
     _NUMBERS = ("step_count", "samples", "skipped_steps", "progress", "active")
 

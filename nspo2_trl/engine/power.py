@@ -71,7 +71,7 @@ class PowerEstimator(CovEstimator):
         """Add a step to `fresh` by its rows' coordinates (B, n, m, rank) and the energy of each micro-batch (B, n)."""
         found = torch.cat([coords.square().sum(2) @ self.grouped, energy[:, :, None]], 2).double()
         squares = torch.stack([found.square(), found * energy[:, :, None]], 1).sum(2)
-        fade, n = self.decay ** (AHEAD * (self.step - max(0, self.fresh_step))), len(energy[0])
+        fade, n = self.decay ** (AHEAD * (self.step - self.fresh_step)), len(energy[0])
         self.fresh[:, 0] = found.sum(1) + self.fresh[:, 0] * fade
         self.fresh[:, 1:] = squares * (n / (n - 1)) + self.fresh[:, 1:] * fade**2
         self.fresh_step = self.step
@@ -110,5 +110,5 @@ class PowerEstimator(CovEstimator):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        load_tensors(self, ["fresh", "mixtures"], {"mixtures": self.mixtures} | state)
+        load_tensors(self, ["fresh", "mixtures"], state)
         self.summed, self.mixed, self.fresh_step = state["sums"]

@@ -40,7 +40,7 @@ def claims(rows_of: dict[str, list[dict]], overhead: Path, method: str) -> list[
     if "ratio_of_sums" in cell:
         low, high = cell["ratio_of_sums_interval"]
         found["time"]["quickstart"] = cell["ratio_of_sums"] - 1, (low - 1, high - 1)
-    more = f" --name {TODAY} --methods plain {method}" if method == "default" else ""
+    more = f" --name {TODAY} --methods plain {method}" if method == TODAY else ""
     grid = f"`python scripts/benchmark.py convergence{more}`"
     timing = (
         "`OMP_NUM_THREADS=1 python scripts/benchmark.py overhead --config recipes/quickstart/dpo.yaml --steps 450`"
@@ -110,7 +110,7 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
     )
     forgotten, drawn = retain_page.section(raw, docs)
     lines = [*forgotten, "## The four claims", "", about, ""]
-    lines += claims(rows_today or rows_of, overhead, "default" if rows_today else "keep")
+    lines += claims(rows_today or rows_of, overhead, TODAY if rows_today else "keep")
     if parts:
         lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts]
     if records := read(raw, "gauge"):
