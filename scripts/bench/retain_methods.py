@@ -77,6 +77,7 @@ METHODS = {
     "sft0.2": sft(0.2),
     "sft1": sft(1.0),
     "corda": Method("CorDA, knowledge preserved", given=True, corda=True),
+    "corda0.4": Method("CorDA, 0.4 of the rate", given=True, corda=True, rate=0.4),
     "during": Method("in the null space during training", DURING, given=True),
     "frozen-a": Method("in the null space, A as it starts", DURING, given=True, frozen_a=True),
 }
