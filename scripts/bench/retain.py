@@ -33,7 +33,7 @@ from nspo2_trl.training.retain import input_spaces, retained_batches
 
 from . import ROOT, retain_judge
 from .retain_methods import CHUNK, METHODS, PROJECTED, train
-from .retain_texts import GIVEN_CHUNKS, domains, given_texts, right_sums
+from .retain_texts import GIVEN_CHUNKS, domains, given_texts, gold, right_sums
 from .retain_trainers import TRAINERS, answer_losses, cut
 
 RANKS, SCALES = [12, 4, 1, 29], [1.0, 1.2, 1.5]
@@ -57,6 +57,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=["kl2"], help="beside plain")
     add(
         "--trainer", choices=TRAINERS, default="dpo", help="SFT learns the chosen answers, and is judged by their loss"
+    )
+    add(
+        "--judge",
+        choices=["loss", "gold"],
+        default="loss",
+        help="gold: minus that of fresh answers, quick start alone",
     )
     add("--texts", type=int, nargs="*", default=[], help="K of plain's also of fewer texts: of so many each")
     add("--learning_rate", type=float, default=5e-4)
@@ -113,6 +119,7 @@ class Meter:
         some = splits["train"].select(range(min(GIVEN_CHUNKS, len(splits["train"]))))
         known = [cut(pair) for pair in tokenize_pairs(some, self.tokenizer)]
         self.known = [pair["prompt_ids"] + pair["chosen_ids"] for pair in known]
+        self.prompts = held["prompt"]
         self.pairs = pair_batches(pairs, self.tokenizer.pad_token_id or 0)
         self.domains = domains(options.retain, options.measure, self.tokenizer, CHUNK, options.chunks)
         self.texts = {name: retained_batches(ids, self.tokenizer) for name, ids in self.domains.items()}
@@ -142,6 +149,10 @@ class Meter:
         if self.options.trainer == "sft":
             for row, loss in zip(rows, answer_losses(model, self.pairs, states)):
                 row["loss"] = loss
+        if self.options.judge == "gold":
+            for row, state in zip(rows, states):
+                state()
+                row["loss"] = -gold(model, self.tokenizer, self.prompts)
         for name, batches in self.texts.items():
             for row, figures in zip(rows, retention(model, batches, states)):
                 row["retained"][name] = figures
@@ -176,7 +187,8 @@ def run(argv: list[str]) -> int:
 
 def check_settings(options: argparse.Namespace) -> None:
     """Raises `SystemExit` where `--output_dir` has cells of other settings."""
-    same = ("model", "pairs", "retain", "measure", "trainer", "learning_rate", "steps", "scales", "held_out", "chunks")
+    same = ("model", "pairs", "retain", "measure", "trainer", "judge")
+    same += ("learning_rate", "steps", "scales", "held_out", "chunks")
     mine, path = {name: getattr(options, name) for name in same}, options.output_dir / "settings.json"
     there = json.loads(path.read_text()) if path.exists() else mine
     if there != mine:

@@ -210,6 +210,8 @@ def words(about: dict) -> str:
     text += (
         f"Measured on {about['held_out']} held-out pairs and at most {about['chunks']} pieces of text of each kind."
     )
+    if about.get("judge") == "gold":
+        text += " The loss here is minus the mean gold score of fresh answers to the prompts of these pairs."
     if runs:
         share = statistics.median(run["retain_ms"] / run["step_time"] / 1000 for run in runs)
         text += f" The KL term takes {share:.0%} of a step (median of {len(runs)} runs)."
@@ -219,7 +221,7 @@ def words(about: dict) -> str:
 def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
     """All runs and lots in `output_dir` into RAW/retain-NAME.jsonl.gz, shown as a table and drawn."""
     about = json.loads((output_dir / "settings.json").read_text())
-    kept = {"trainer": about["trainer"]}
+    kept = {name: about[name] for name in ("trainer", "judge")}
     about = kept | {key: value for key, value in about.items() if not isinstance(value, (str, list))}  # without paths
     about["runs"] = [
         {"adapter": path.parent.name} | json.loads(path.read_text())

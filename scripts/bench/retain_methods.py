@@ -45,8 +45,9 @@ class Method:
     corda: bool = False
 
 
-def kl(weight: float) -> Method:
-    return Method(f"KL term, weight {weight:g}", {"nspo2_retain_kl": weight}, given=True)
+def kl(weight: float, texts: int = 1) -> Method:
+    words = f"KL term, weight {weight:g}" + (f", {texts} texts" if texts > 1 else "")
+    return Method(words, {"nspo2_retain_kl": weight, "nspo2_retain_kl_samples": texts}, given=True)
 
 
 def replay(weight: float) -> Method:
@@ -63,6 +64,7 @@ METHODS = {
     "kl0.5": kl(0.5),
     "kl2": kl(2),
     "kl8": kl(8),
+    "kl2x2": kl(2, 2),
     "replay0.1": replay(0.1),
     "replay0.5": replay(0.5),
     "rate0.5": Method("half the rate", rate=0.5),
@@ -81,7 +83,7 @@ METHODS = {
     "during": Method("in the null space during training", DURING, given=True),
     "frozen-a": Method("in the null space, A as it starts", DURING, given=True, frozen_a=True),
 }
-PROJECTED = ("plain", "kl0.5", "kl2", "kl8")  # whose adapters are projected after training
+PROJECTED = ("plain", "kl0.5", "kl2", "kl2x2", "kl8")  # whose adapters are projected after training
 
 
 def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfig, folder: Path) -> Any:

@@ -31,6 +31,7 @@ from .retain_judge import (
 
 TARGETS = [1.0, 0.75]  # scales of plain's adapter
 ENOUGH = 0.75  # of the seeds
+UNTRAINED = math.log(2)  # preference loss before training
 AT_ONE_LOSS = f"""At one loss, that of plain's adapter at scale {{target}}: KL as a share of its, each adapter moved
 along its own scales to that loss. Left out are those whose measured scales do not enclose it for {ENOUGH:.0%} of their
 seeds, and those with one scale."""
@@ -64,7 +65,12 @@ def shares(rows: Sequence[Row], scale: float) -> dict[tuple, dict[str, list[floa
     return dict(sorted(found.items(), key=lambda item: sum(map(sum, item[1].values())) / len(item[1])))
 
 
-def at_one_loss(rows: Sequence[Row], untrained: float | None = math.log(2)) -> list[str]:
+def judged_by_loss(about: dict) -> bool:
+    """Whether the study's "loss" is the preference loss, which is log 2 before training."""
+    return about.get("trainer") != "sft" and about.get("judge") != "gold"
+
+
+def at_one_loss(rows: Sequence[Row], untrained: float | None = UNTRAINED) -> list[str]:
     """The lines of that, for each of `TARGETS`; none where there is nothing to compare.
 
     Args:
@@ -106,5 +112,5 @@ def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
         ]
         best = lowest_loss(settings(judge(rows)))
         lines += [line(cells(group)) for group in best]
-        lines += ["", *compare(best), *at_one_loss(rows, None if about.get("trainer") == "sft" else math.log(2))]
+        lines += ["", *compare(best), *at_one_loss(rows, UNTRAINED if judged_by_loss(about) else None)]
     return ["## What it forgets", "", READING, *lines, ""] if lines else [], paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import sys
 import sysconfig
 from collections.abc import Iterable
@@ -112,3 +113,14 @@ def right_sums(model: Any, tokenizer: Any, texts: list[list[int]]) -> float:
     from sums import right
 
     return right(model, tokenizer, [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts])
+
+
+def gold(model: Any, tokenizer: Any, prompts: list[str]) -> float:
+    """Mean gold score of one fresh answer to each prompt, of those that end; see recipes/quickstart/build.py."""
+    sys.path.insert(0, str(ROOT / "recipes/quickstart"))
+    from build import gold_score, sample
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        answers = sample(model, tokenizer, prompts)
+    return statistics.fmean(gold_score(answer) for answer in answers if answer is not None)
