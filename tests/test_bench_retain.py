@@ -2,16 +2,17 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import retain, retain_judge, retain_page, retain_texts, retain_trainers
+from bench import retain, retain_about, retain_judge, retain_page, retain_texts, retain_trainers
 
 from nspo2_trl.projections.retain.collect import InputSpace
 
@@ -167,8 +168,9 @@ def test_a_study_has_all_rows_table_and_picture(study, capsys):
     assert all(run["losses"][0] == pytest.approx(math.log(2)) for name, run in runs.items() if name == "plain")
     assert runs["plain"]["retain_ms"] is None and runs["kl2"]["retain_ms"] > 0
     assert len({tuple(run["losses"]) for run in runs.values()}) == 4  # each method does something
-    words = retain_judge.words(about)
+    words = retain_about.words(about)
     assert "5 steps of 12 pairs at rate 0.004" in words and "KL term takes" in words
+    assert re.search(r"share of plain's .*: in the null space, A as it starts \d\.\d\d; KL term, weight 2 \d", words)
     retain_judge.show(rows, "tiny")
     assert "only scaled" in capsys.readouterr().out
 
@@ -180,12 +182,36 @@ def test_other_trainers(tmp_path, trainer):
     argv = [*small.split(), *texts, "--trainer", trainer, "--methods", "kl2", "--output_dir", str(tmp_path)]
     assert retain.run(argv) == 0
     about, rows = retain_judge.read(tmp_path / "retain-quickstart.jsonl.gz")
-    assert f"5 {retain_judge.STEPS[trainer]}" in retain_judge.words(about)
+    assert f"5 {retain_about.STEPS[trainer]}" in retain_about.words(about)
     assert len({tuple(run["losses"]) for run in about["runs"]}) == 2
     fewer = [row for row in rows if row["control"] == "texts0002"]
     assert len(fewer) == 1 and retain_judge.cells([fewer[0] | {"share": {}}])[1] == "3 of 2 texts"
     losses = [row["loss"] for row in rows if row["method"] == "plain" and not row["rank"]]
     assert len(set(losses)) == len(retain.ALONE)
+
+
+def test_cost_is_paired_by_seed_and_without_runs_that_were_cut_off():
+    seconds = {"plain-s0": 10.0, "plain-s1": 20.0, "kl2-s0": 12.0, "kl2-s1": 26.0, "kl2-s2": 50.0, "corda-s0": None}
+    words = retain_about.times([{"adapter": name, "seconds": value} for name, value in seconds.items()])
+    assert words.endswith("(median over seeds): KL term, weight 2 1.25.")
+    assert retain_about.times([{"adapter": "plain-s0", "seconds": 1.0}]) == ""
+
+
+def test_judged_by_the_gold_score(tmp_path):
+    small = "--seeds 0 --steps 5 --learning_rate 4e-3 --ranks 3 --scales 1 --held_out 24 --chunks 8 --judge gold"
+    texts = ["--retain", str(TEXTS / "sums.jsonl.gz"), "--measure", f"sums={TEXTS / 'sums_test.jsonl.gz'}"]
+    assert retain.run([*small.split(), *texts, "--output_dir", str(tmp_path)]) == 0
+    about, rows = retain_judge.read(tmp_path / "retain-quickstart.jsonl.gz")
+    assert about["judge"] == "gold" and "minus the mean gold score" in retain_about.words(about)
+    by_scale = {row["scale"]: row["loss"] for row in rows if row["method"] == "plain" and not row["rank"]}
+    prompts = ["Finn saw a yellow cat by the wall."] * 20
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
+    torch.manual_seed(3)
+    first = torch.rand(1)
+    torch.manual_seed(3)
+    scores = [retain_texts.gold(model, tokenizer, prompts) for _ in range(2)]
+    assert scores[0] == scores[1] and torch.equal(torch.rand(1), first)
+    assert len(set(by_scale.values())) > 2 and all(-6 < loss < 6 for loss in by_scale.values())
 
 
 def test_finished_cells_are_skipped_and_missing_ones_made_again(study):

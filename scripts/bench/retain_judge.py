@@ -20,6 +20,7 @@ from nspo2_trl.cli.frontier import scaled_kl
 from nspo2_trl.cli.plots import COLORS
 
 from .grid import write_packed
+from .retain_about import words
 from .retain_methods import METHODS, PROJECTED
 from .stats import interval, p_value
 
@@ -35,11 +36,6 @@ READING = """- One line per adapter, at the scale of lowest mean held-out loss; 
 - Seeds differ in the order of the pairs and the start of LoRA, not in what is measured on.
 - Controls: as many random orthonormal directions; K of the pairs' own texts; K of the next layer's input."""
 CONTROLS = {"": "directions", "random": "random", "pairs": "of the pairs", "layer": "of another layer"}
-STEPS = {
-    "dpo": "steps of 12 pairs",
-    "kto": "steps of KTO on the answers of 12 pairs",
-    "sft": "steps of SFT on 12 chosen answers, whose loss per token on held-out pairs is the loss here,",
-}
 LOTS = ("scaled", "rank", "texts", *filter(None, CONTROLS))  # names of lots begin so
 
 
@@ -200,22 +196,6 @@ def read(path: Path) -> tuple[dict, list[Row]]:
     with gzip.open(path, "rt") as lines:
         about, *rows = map(json.loads, lines)
     return about, rows
-
-
-def words(about: dict) -> str:
-    """What a study ran, and what the KL term takes of a step."""
-    runs = [run for run in about["runs"] if run["retain_ms"]]
-    steps = f"{about['steps']} {STEPS[about.get('trainer', 'dpo')]}"
-    text = f"{steps} at rate {about['learning_rate']:g}, LoRA rank 16 on all linear layers. "
-    text += (
-        f"Measured on {about['held_out']} held-out pairs and at most {about['chunks']} pieces of text of each kind."
-    )
-    if about.get("judge") == "gold":
-        text += " The loss here is minus the mean gold score of fresh answers to the prompts of these pairs."
-    if runs:
-        share = statistics.median(run["retain_ms"] / run["step_time"] / 1000 for run in runs)
-        text += f" The KL term takes {share:.0%} of a step (median of {len(runs)} runs)."
-    return text
 
 
 def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:

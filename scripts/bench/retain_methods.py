@@ -154,9 +154,11 @@ def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, f
         if method.frozen_a and ".lora_A." in key:
             param.register_hook(torch.zeros_like)
     began = time.process_time()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+    cut_off = get_last_checkpoint(str(folder)) if folder.exists() else None
+    trainer.train(resume_from_checkpoint=cut_off)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    run = {"seconds": time.process_time() - began, "losses": [entry["loss"] for entry in logs]}
+    seconds = None if cut_off else time.process_time() - began
+    run = {"seconds": seconds, "losses": [entry["loss"] for entry in logs]}
     for figure in ("step_time", "retain_ms", "retain_kl"):
         figures = [entry[f"nspo2/{figure}"] for entry in logs if f"nspo2/{figure}" in entry]
         run[figure] = sum(figures) / len(figures) if figures else None

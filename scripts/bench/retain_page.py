@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nspo2_trl.cli.frontier import scaled_kl
 
+from .retain_about import words
 from .retain_judge import (
     METHODS,
     READING,
@@ -26,7 +27,6 @@ from .retain_judge import (
     settings,
     shown_rank,
     taken_out,
-    words,
 )
 
 TARGETS = [1.0, 0.75]  # scales of plain's adapter
