@@ -80,6 +80,7 @@ METHODS = {
     "sft1": sft(1.0),
     "corda": Method("CorDA, knowledge preserved", given=True, corda=True),
     "corda0.4": Method("CorDA, 0.4 of the rate", given=True, corda=True, rate=0.4),
+    "corda0.2": Method("CorDA, a fifth of the rate", given=True, corda=True, rate=0.2),
     "during": Method("in the null space during training", DURING, given=True),
     "frozen-a": Method("in the null space, A as it starts", DURING, given=True, frozen_a=True),
 }
