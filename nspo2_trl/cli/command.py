@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def run(argv: list[str] | None) -> None:
     elif command in COMMANDS:
         if command in NEED_TRL:
             leave_without_trl()
-        COMMANDS[command](rest)
+        run_here = COMMANDS[command] or import_module(f".{command}", __package__).main
+        run_here(rest)
     else:
         sys.exit(f"error: there is no command `nspo2 {command}`.{nearest(command, list(COMMANDS))}\n\n{HELP}")
 
@@ -89,24 +91,6 @@ def train(argv: list[str]) -> None:
         read(argv)
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # the launcher in this one's place, so that signals reach it
-
-
-def measure(argv: list[str]) -> None:
-    from .measure import main as measure_here
-
-    measure_here(argv)
-
-
-def retain(argv: list[str]) -> None:
-    from .retain import main as retain_here
-
-    retain_here(argv)
-
-
-def report(argv: list[str]) -> None:
-    from .report import main as report_here
-
-    report_here(argv)
 
 
 # ---- nspo2 env ----
@@ -165,5 +149,6 @@ def env(argv: list[str]) -> None:
         print(f"  {name:<22} {os.environ.get(name, '-')}")
 
 
-COMMANDS = {"train": train, "measure": measure, "retain": retain, "report": report, "env": env}
+# None: the module of that name has its `main`; it is imported when it is asked for, since that may take seconds
+COMMANDS = {"train": train, "measure": None, "retain": None, "report": None, "env": env}
 NEED_TRL = ("train", "measure", "retain")

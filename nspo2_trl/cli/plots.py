@@ -221,9 +221,7 @@ def picture(path: Path, title: str, parts: Sequence[tuple[str, Callable[[Any], N
 
 
 @matplotlib.rc_context(SVG)
-def _svg(
-    part: Callable, label: str, salt: str, size: tuple = (4.5, 2.9), place: tuple = (0.19, 0.17, 0.78, 0.76)
-) -> str:
+def _svg(part: Callable, label: str, salt: str, size: tuple = (4.5, 2.9), place: tuple = PLACE) -> str:
     """What `part` draws as an element of a page: its colours are the page's, and no id is another figure's."""
     figure, buffer = Figure(figsize=size), io.StringIO()
     part(figure.add_axes(place))
