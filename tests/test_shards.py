@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from nspo2_trl.engine.eigensolvers import eigh
-from nspo2_trl.layout.local_parts import LocalParts, Shards, _bounds
+from nspo2_trl.layout.local_parts import LocalParts, Shards
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -15,15 +15,6 @@ def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("rows", range(1, 10))
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-def test_bounds_are_those_of_dtensor(rows, ranks):
-    """`torch.chunk` is what DTensor's Shard splits by; ranks beyond the last chunk have nothing."""
-    expected = [len(part) for part in torch.arange(rows).chunk(ranks)]
-    found = [len(part) for part in torch.tensor_split(torch.arange(rows), _bounds(rows, ranks))]
-    assert found == expected + [0] * (ranks - len(expected))
 
 
 def test_columns_are_cut_padded_and_gathered():

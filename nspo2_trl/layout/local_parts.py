@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +34,8 @@ class LocalParts:
                 )
         self.shards = shards
         d, width, ranks = shards.dim, shards.width, shards.ranks
-        cuts = [torch.tensor_split(p, _bounds(len(p), ranks)) for p in positions]
+        # as DTensor's `Shard(0)` cuts rows: ranks beyond the last chunk have none
+        cuts = [(*p.chunk(ranks), *[p[:0]] * ranks)[:ranks] for p in positions]
         # by rank: places in (B, m, d) of what it has of the parameters, in its order
         held = [torch.cat([cut[rank].flatten() for cut in cuts]) for rank in range(ranks)]
         owner = (held[shards.rank] % d) // width
@@ -62,9 +62,3 @@ class LocalParts:
         flat[self.order] = found
         for target, piece in zip(local, flat.split([t.numel() for t in local])):
             target.copy_(piece.view_as(target))
-
-
-def _bounds(rows: int, ranks: int) -> list[int]:
-    """Where DTensor's `Shard(0)` cuts `rows` rows: equal chunks, the last ones shorter or empty."""
-    chunk = math.ceil(rows / ranks)
-    return [min(rank * chunk, rows) for rank in range(1, ranks)]
