@@ -8,9 +8,9 @@ from nspo2_trl.engine.eigensolvers import EigSolver
 
 
 def append(cov, rows):
-    slot = cov.slot(rows.shape[1])
-    slot.copy_(rows)
-    cov.commit(slot, rows.square().sum((1, 2)), independent=rows.shape[1])
+    room = cov.room(rows.shape[1], vectors=1)
+    room.copy_(rows[:, :, None])
+    cov.learn(room, room, rows.square().sum((1, 2)), seed=0)
 
 
 def rows_of(samples, mean, previous=None):

@@ -96,17 +96,6 @@ class CovEstimator:
         steps = math.ceil(self.update_freq * self.share)
         return min(vectors, max(1, self.most // (steps * samples)))
 
-    def slot(self, count: int) -> torch.Tensor:
-        """(B, count, width): where a step's noise rows are to be written, before `commit`.
-
-        They stand in the buffer itself, or beside it where that is of lower precision.
-        """
-        start = self.rank + len(self.row_steps)
-        if start + count > self.stack.shape[1]:
-            self._resize(max(start + count, self._room(count)))
-        place = self.stack[:, start : start + count]
-        return place if place.dtype == self.dtype else torch.empty_like(place, dtype=self.dtype)
-
     def _room(self, count: int) -> int:
         """Rows of the stack up to the next merge; taken at once, since growing needs both for a moment."""
         wanted = math.ceil(self.update_freq * self.share) * count + 1
@@ -117,31 +106,29 @@ class CovEstimator:
         grown[:, : self.stack.shape[1]] = self.stack
         self.stack = grown
 
-    def commit(self, rows: torch.Tensor, energy: torch.Tensor, independent: int) -> None:
-        """Count a step, and keep what was written into the `slot` for the next merge.
-
-        Args:
-            rows: (B, r, width) the slot. energy: (B,) Σ of their squares over all ranks.
-            independent: how many of the rows are independent of each other.
-        """
-        start = self.rank + len(self.row_steps)
-        if rows.dtype != self.stack.dtype:
-            self.stack[:, start : start + rows.shape[1]] = rows
-        self._count(energy, rows.shape[1], independent)
-
     def room(self, samples: int, vectors: int) -> torch.Tensor | None:
-        """(B, n, each, width): the `slot` of a step's rows, `each` of a sample; None where none are kept."""
-        each = self.rows_a_sample(samples, vectors)
-        return self.slot(samples * each).unflatten(1, (samples, each))
+        """(B, n, each, width): where a step's rows are written before `learn`, `each` of a sample; None to keep none.
+
+        They stand in the buffer itself, or beside it where that is of lower precision.
+        """
+        each, start = self.rows_a_sample(samples, vectors), self.rank + len(self.row_steps)
+        count = samples * each
+        if start + count > self.stack.shape[1]:
+            self._resize(max(start + count, self._room(count)))
+        place = self.stack[:, start : start + count].unflatten(1, (samples, each))
+        return place if place.dtype == self.dtype else torch.empty_like(place, dtype=self.dtype)
 
     def learn(self, rows: torch.Tensor, kept: torch.Tensor | None, energy: torch.Tensor, seed: int) -> None:
         """Count a step by its noise rows (B, n, m, width), with the `room` for what is kept of them: mixtures, where
-        that is less, random by `seed`. energy: see `commit`.
+        that is less, random by `seed`. energy: (B,) Σ of the rows' squares over all ranks.
         """
         assert kept is not None
         if kept.shape[2] < rows.shape[2]:
             torch.matmul(mixture(kept.shape[2], rows.shape[2], seed).to(rows), rows, out=kept)
-        self.commit(kept.flatten(1, 2), energy, independent=max(1, rows.shape[1] - 1))
+        start, buffered = self.rank + len(self.row_steps), kept.flatten(1, 2)
+        if kept.dtype != self.stack.dtype:
+            self.stack[:, start : start + buffered.shape[1]] = buffered
+        self._count(energy, buffered.shape[1], independent=max(1, rows.shape[1] - 1))
 
     def _count(self, energy: torch.Tensor, rows: int, independent: int) -> None:
         self.advance()

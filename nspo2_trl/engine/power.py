@@ -41,11 +41,13 @@ class PowerEstimator(CovEstimator):
 
     def room(self, samples: int, vectors: int) -> torch.Tensor | None:
         fits = samples == 1 or super().rows_a_sample(samples, vectors) == vectors
-        if fits or self.row_steps and not self.summed:
-            return super().room(samples, vectors)
-        # a block's first rows may be zero, as `lora_A`'s are while B is; some blocks may never have others
-        full = self.fresh_step >= 0 or len(self.learned) >= LONGEST or bool((self.mixtures >= self.rank).all())
-        return None if full else super().room(samples, vectors)
+        if not fits and (self.summed or not self.row_steps):
+            # a block's first rows may be zero, as `lora_A`'s are while B is; some blocks may never have others
+            if self.fresh_step >= 0 or len(self.learned) >= LONGEST or bool((self.mixtures >= self.rank).all()):
+                return None
+        if self.summed:
+            self.solve()
+        return super().room(samples, vectors)
 
     def learn(self, rows: torch.Tensor, kept: torch.Tensor | None, energy: torch.Tensor, seed: int) -> None:
         if kept is not None:
@@ -75,11 +77,6 @@ class PowerEstimator(CovEstimator):
         self.fresh[:, 0] = found.sum(1) + self.fresh[:, 0] * fade
         self.fresh[:, 1:] = squares * (n / (n - 1)) + self.fresh[:, 1:] * fade**2
         self.fresh_step = self.step
-
-    def slot(self, count: int) -> torch.Tensor:
-        if self.summed:
-            self.solve()
-        return super().slot(count)
 
     def is_due(self) -> bool:
         return self.step - self.solved >= self.update_freq if self.summed else super().is_due()
