@@ -205,18 +205,6 @@ class NSPO2Optimizer(Wrapper):
         found = published(self.nspo2.filters, self.nspo2.metrics())
         return found | {"is_active": found["is_active"] and self.enabled}
 
-    def state_dict(self) -> dict:
-        """The inner optimizer's state, and NSPO2's under the key `nspo2`: tensors and plain numbers."""
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: Mapping) -> None:
-        """Bring back what `state_dict` gave; a state of the bare optimizer too, with a fresh noise estimate.
-
-        Raises:
-            ValueError: the state was saved for other parameters, blocks or `max_rank`.
-        """
-        super().load_state_dict(state_dict)
-
     def _save(self) -> dict:
         self._follow()
         return super()._save() | {"nspo2": self.nspo2.state_dict() | {"enabled": self.enabled}}

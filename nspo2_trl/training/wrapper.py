@@ -91,7 +91,7 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer.zero_grad(*args, **kwargs)
 
     def state_dict(self) -> dict:
-        """What `_save` gives, after and before the hooks that are registered here.
+        """The inner optimizer's state, and NSPO2's under the key `nspo2`: tensors and plain numbers.
 
         Raises:
             ValueError: torch's `get_optimizer_state_dict` asks for it in a form that has no place for all of it.
@@ -105,6 +105,11 @@ class Wrapper(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: Mapping) -> None:
+        """Bring back what `state_dict` gave; a state of the bare optimizer too, with a fresh noise estimate.
+
+        Raises:
+            ValueError: the state was saved for other parameters, blocks or `max_rank`.
+        """
         state = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state)
