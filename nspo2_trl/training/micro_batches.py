@@ -48,22 +48,16 @@ class MicroBatchMixin(_BaseTrainer):
         return ([], None) if finished and self.nspo2 is not None else super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batch's loss; raises `ValueError` where an optimizer steps in its backward pass."""
         world = 1 if self.accelerator.split_batches else self.args.world_size
         self.nspo2_step_timer.count(inputs, self._train_batch_size * world)
-        if self.nspo2 is None:
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        else:
-            loss = self._nspo2_watched(model, inputs, *args, **kwargs)
-        self.nspo2_diverged.see_loss(loss, self.state.global_step + 1)
-        return loss
-
-    def _nspo2_watched(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batch's loss; raises `ValueError` where an optimizer steps in its backward pass."""
-        self._nspo2_keep_up()
-        versions = self.nspo2_samples.versions()
-        loss = super().training_step(*args, **kwargs)
-        if self.nspo2_samples.stepped(versions):
+        if self.nspo2 is not None:
+            self._nspo2_keep_up()
+            versions = self.nspo2_samples.versions()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.nspo2 is not None and self.nspo2_samples.stepped(versions):
             raise ValueError(STEPS_IN_BACKWARD.format(name="The optimizer"))
+        self.nspo2_diverged.see_loss(loss, self.state.global_step + 1)
         return loss
 
     def _nspo2_trained(self) -> list[torch.nn.Parameter]:
