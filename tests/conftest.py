@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -126,3 +127,12 @@ def launch_and_log(command: list[str], log: Path, timeout: int) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
     return log.read_text()
+
+
+def torchrun(script: str, processes: int, out: Path, *options: str, timeout: int = 120) -> dict:
+    """`result.pt`, which `tests/SCRIPT OUT OPTIONS` leaves in its folder `out` when it is launched."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launcher, str(ROOT / "tests" / script), str(out), *options]
+    output = launch_and_log(command, out / "log", timeout)
+    assert (out / "result.pt").is_file(), output[-4000:]
+    return torch.load(out / "result.pt", weights_only=True)

@@ -1,16 +1,12 @@
 """DDP and FSDP2 on this machine's CPU. Every launch has a time limit: such runs were seen to hang at exit."""
 
 import json
-import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import two_processes
-from conftest import launch_and_log
-
-SCRIPT = str(Path(__file__).parent / "two_processes.py")
+from conftest import torchrun
 
 
 def run(out: Path, processes: int, resume: Path | None = None, **options) -> dict:
@@ -19,23 +15,10 @@ def run(out: Path, processes: int, resume: Path | None = None, **options) -> dic
     options, resume = options | {"processes": processes}, resume and str(resume)
     if processes == 1 and "deepspeed" not in options:
         return two_processes.train(str(out), resume, **options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command = [
-        *launcher,
-        "--master_port",
-        str(port),
-        SCRIPT,
-        str(out),
-        json.dumps(options),
-        *([resume] * bool(resume)),
-    ]
+    argv = [json.dumps(options), *([resume] * bool(resume))]
     # the first time DeepSpeed compiles something
-    output = launch_and_log(command, out / "log", timeout=240 if "deepspeed" in options else 120)
-    assert (out / "result.pt").is_file(), output[-4000:]
-    return torch.load(out / "result.pt", weights_only=True)
+    timeout = 240 if "deepspeed" in options else 120
+    return torchrun("two_processes.py", processes, out, *argv, timeout=timeout)
 
 
 def difference(first: dict, second: dict) -> float:

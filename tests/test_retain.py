@@ -1,13 +1,11 @@
 """Retained knowledge: what is collected, the projections, exactness, what is measured, what is refused."""
 
-import socket
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch_and_log
+from conftest import torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from retained import SHORT, adapted, sentences, tokenizer, trained
@@ -141,14 +139,7 @@ def test_collected_once(tmp_path):
 
 def collected(out: Path, processes: int, *kind: str) -> dict:
     out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    script = str(Path(__file__).parent / "retained.py")
-    output = launch_and_log([sys.executable, *launcher, script, str(out), *kind], out / "log", timeout=120)
-    assert (out / "result.pt").is_file(), output[-4000:]
-    return torch.load(out / "result.pt", weights_only=True)
+    return torchrun("retained.py", processes, out, *kind)
 
 
 @pytest.mark.parametrize("kind", [(), ("fsdp",)])
