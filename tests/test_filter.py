@@ -34,6 +34,16 @@ def stream(steps, n, blocks, dim, seed=0, dtype=torch.float32):
         yield (mean + noise).to(dtype)[:, :, None]
 
 
+def noisy(engine, number, n, make):
+    """`number` steps of n samples; mean rank in the steps."""
+    ranks = []
+    for _ in range(number):
+        samples = make(n)
+        engine.step(samples, samples.mean(0))
+        ranks.append(engine.rank.double().mean().item())
+    return sum(ranks) / number
+
+
 @pytest.mark.parametrize("strategy", ["noise", "keep", "hybrid"])
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-8)])
@@ -153,9 +163,7 @@ def test_white_noise_is_not_significant_at_the_first_solve_either(update_freq):
     """With one sample a step the newest difference is held back, so that one step fewer was learned from."""
     torch.manual_seed(0)
     engine = NoiseFilter(config(min_rank=0, update_freq=update_freq, cov_momentum=0.97))
-    for _ in range(update_freq + 2):
-        samples = torch.randn(1, 100, 1, 200)
-        engine.step(samples, samples[0])
+    noisy(engine, update_freq + 2, 1, lambda n: torch.randn(n, 100, 1, 200))
     assert engine.is_active and (engine.rank > 0).double().mean() <= 0.03
 
 
@@ -170,9 +178,7 @@ def test_noise_scale_and_signal_removed_on_a_planted_problem(n):
     scales[:4] = 1.0
     engine = NoiseFilter(config(strategy="noise", update_freq=10, cov_momentum=0.97, trust_radius=1e9, min_rank=4))
     scales *= n**0.5  # the mean over n samples is equally noisy in both cases
-    for _ in range(600):
-        samples = (signal + torch.randn(n, dim) * scales)[:, None, None]
-        engine.step(samples, samples.mean(0))
+    noisy(engine, 600, n, lambda n: (signal + torch.randn(n, dim) * scales)[:, None, None])
     found = figures([engine], batch_size=batch)
     exact = scales.square().sum().item() / n * batch  # ‖E g‖² = 1
     assert found["noise_scale"] == pytest.approx(exact, rel=0.1)
@@ -183,9 +189,7 @@ def test_noise_scale_and_signal_removed_on_a_planted_problem(n):
 def test_figures_without_evidence_are_left_out():
     torch.manual_seed(0)
     engine = NoiseFilter(config())
-    for _ in range(40):
-        samples = torch.randn(4, 1, 1, 50)
-        engine.step(samples, samples.mean(0))
+    noisy(engine, 40, 4, lambda n: torch.randn(n, 1, 1, 50))
     assert "noise_scale" not in figures([engine]) and "signal_removed" not in figures([engine])
 
 
@@ -273,17 +277,6 @@ def test_white_noise_is_not_significant_where_some_steps_are_left_out(n, update_
     assert sum(ranks) / len(ranks) < 0.2, ranks
 
 
-def test_factored_rows_of_one_sample_are_not_independent():
-    """Noise white over d whose m rows are the same up to a factor: m times the rows, but no more evidence."""
-    torch.manual_seed(0)
-    engine = NoiseFilter(config(min_rank=0, projection_rank=16, cov_momentum=0.97))
-    for _ in range(50):
-        factors = torch.nn.functional.normalize(torch.randn(4, 4, 8, 1), dim=2)
-        samples = factors * torch.randn(4, 4, 1, 300)
-        engine.step(samples, samples.mean(0))
-    assert engine.rank.double().mean() < 0.3
-
-
 def test_a_bfloat16_basis_costs_half_the_memory_and_little_accuracy():
     """Directions rounded to 8 bits: what is left in them of a gradient is of the size of the rounding."""
     torch.manual_seed(0)
@@ -313,9 +306,7 @@ def test_a_mixture_of_a_matrix_s_rows_is_unbiased():
     mean = sum(part.T @ part for part in mixed) / len(mixed)
     assert torch.allclose(mean, grad.T @ grad, atol=0.05 * torch.linalg.matrix_norm(grad.T @ grad, 2).item())
     engine = NoiseFilter(config(update_freq=10, max_rank=32), recent=False)
-    for _ in range(10):
-        samples = torch.randn(4, 1, 16, 40)
-        engine.step(samples, samples.mean(0))
+    noisy(engine, 10, 4, lambda n: torch.randn(n, 1, 16, 40))
     # 8 of 16 rows a sample fill the 32 of the buffer; after two steps of 24 independent ones sums take over
     assert engine.cov.rows_a_sample(4, 16) == 8 and engine.cov.mixtures.tolist() == [48] and engine.cov.solved == 10
 
@@ -330,24 +321,12 @@ def test_many_weak_directions_are_found_together():
     engine = NoiseFilter(config(strategy="noise", min_rank=0, trust_radius=1e9, **options), recent=False)
     scale = torch.ones(100)
     scale[:20] = math.sqrt(3)
-    for step in range(60):
-        size = (torch.randn(4, 8, 1, 1) / 2).exp()
-        samples = torch.randn(4, 8, 8, 100) * scale * size
-        engine.step(samples, samples.mean(0))
-        if step == 30:
-            engine.sums.reset()
+    make = lambda n: (torch.randn(n, 8, 1, 1) / 2).exp() * torch.randn(n, 8, 8, 100) * scale
+    noisy(engine, 31, 4, make)
+    engine.sums.reset()
+    noisy(engine, 29, 4, make)
     assert engine.rank.double().mean() > 12
     assert figures([engine])["variance_reduction"] > 0.25  # of 60 / 140 at most
-
-
-def noisy(engine, number, n, make):
-    """`number` steps of n samples of 50 blocks of 8 x 200; mean rank in the steps."""
-    ranks = []
-    for _ in range(number):
-        samples = make(n)
-        engine.step(samples, samples.mean(0))
-        ranks.append(engine.rank.double().mean().item())
-    return sum(ranks) / number
 
 
 @pytest.mark.parametrize(
@@ -358,7 +337,7 @@ def test_white_noise_of_many_rows_is_not_significant(options, n, spread):
     """Of one micro-batch in effect, or of such that differ much in size, no direction counts."""
     torch.manual_seed(0)
     engine = NoiseFilter(config(min_rank=0, **MANY_ROWS | options))
-    make = lambda n: torch.randn(n, 50, 8, 200) * (spread * torch.randn(n, 50, 1, 1)).exp()  # noqa: E731
+    make = lambda n: torch.randn(n, 50, 8, 200) * (spread * torch.randn(n, 50, 1, 1)).exp()
     assert noisy(engine, 40, n, make) < 0.3
 
 
@@ -378,7 +357,7 @@ def test_first_steps_without_a_gradient_end_no_direction():
 def test_a_saved_state_does_not_change_with_later_steps():
     torch.manual_seed(0)
     engine = NoiseFilter(config(**MANY_ROWS))
-    make = lambda n: torch.randn(n, 50, 8, 200)  # noqa: E731
+    make = lambda n: torch.randn(n, 50, 8, 200)
     noisy(engine, 12, 4, make)
     kept = engine.state_dict()
     before = copy.deepcopy(kept)
@@ -393,11 +372,10 @@ def test_the_trainers_default_finds_planted_directions_within_adamws_state():
     torch.manual_seed(0)
     planted = torch.linalg.qr(torch.randn(200, 3)).Q
     engine = NoiseFilter(config(strategy="noise", min_rank=0, trust_radius=1e9, **MANY_ROWS), recent=False)
-    for step in range(60):
-        samples = torch.randn(4, 2, 8, 3) @ planted.T * 3 + 0.3 * torch.randn(4, 2, 8, 200)
-        engine.step(samples, samples.mean(0))
-        if step == 30:
-            engine.sums.reset()
+    make = lambda n: torch.randn(n, 2, 8, 3) @ planted.T * 3 + 0.3 * torch.randn(n, 2, 8, 200)
+    noisy(engine, 31, 4, make)
+    engine.sums.reset()
+    noisy(engine, 29, 4, make)
     share = 27 / (27 + 0.09 * 200)  # of the noise that is planted
     assert engine.rank.tolist() == [3, 3]
     assert figures([engine])["variance_reduction"] == pytest.approx(share, abs=0.02)
@@ -410,14 +388,10 @@ def test_the_trainers_default_finds_planted_directions_within_adamws_state():
 def test_the_trainers_default_finds_nothing_in_white_noise(together):
     """Also where the rows of a sample are the same up to a factor, so that it has one row's evidence."""
     torch.manual_seed(0)
-    engine, ranks = NoiseFilter(config(strategy="noise", min_rank=0, **MANY_ROWS), recent=False), []
-    for _ in range(60):
-        samples = torch.randn(4, 8, 1 if together else 8, 200)
-        if together:
-            samples = samples * torch.nn.functional.normalize(torch.randn(4, 8, 8, 1), dim=2)
-        engine.step(samples, samples.mean(0))
-        ranks.append(engine.rank.double().mean().item())
-    assert sum(ranks) / len(ranks) < 0.3 and figures([engine])["variance_reduction"] < 0.01
+    engine = NoiseFilter(config(strategy="noise", min_rank=0, **MANY_ROWS), recent=False)
+    factors = lambda n: torch.nn.functional.normalize(torch.randn(n, 8, 8, 1), dim=2)
+    make = lambda n: torch.randn(n, 8, 1, 200) * factors(n) if together else torch.randn(n, 8, 8, 200)
+    assert noisy(engine, 60, 4, make) < 0.3 and figures([engine])["variance_reduction"] < 0.01
 
 
 def test_sums_of_many_rows_resume_bit_for_bit_and_take_steps_of_one_sample(tmp_path):
