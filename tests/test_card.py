@@ -106,9 +106,3 @@ def test_figures_reach_tensorboard_and_the_live_table(trained, tmp_path, capsys)
     written = [event.value for event in read.Scalars("train/nspo2/variance_reduction")]
     assert written == pytest.approx(figures(trainer, "variance_reduction")) and written
     assert "variance_reduction" in capsys.readouterr().out
-
-
-def test_time_of_a_step_is_logged_without_nspo2_too(trained):
-    trainer = trained(nspo2_enabled=False, logging_steps=2, max_steps=4)
-    assert all(time > 0 for time in figures(trainer, "step_time")) and figures(trainer, "batch_size")[:2] == [4, 4]
-    assert not figures(trainer, "rank")

@@ -135,7 +135,6 @@ def test_lora_adapters_of_a_model_are_blocks():
     [
         ([], optim.SGD, {}, "`params` holds no trainable parameter"),
         (network(), optim.SGD, {"blocks": [[nn.Parameter(torch.ones(1))]]}, "block 0 is empty or holds a parameter"),
-        (network(), optim.LBFGS, {}, "LBFGS evaluates its closure several times"),
         (network(), optim.SGD, {"config": {"strategy": "quiet"}}, "`strategy` must be one of"),
     ],
 )
@@ -247,14 +246,6 @@ def test_update_space_leaves_parameters_without_a_gradient_alone():
         model[0].bias.grad = None
         optimizer.step()
     assert optimizer.get_metrics()["is_active"] and torch.equal(bias, model[0].bias)
-
-
-def test_deepcopy_trains_on_alike():
-    model = network()
-    optimizer = wrapped(model, optim.AdamW)
-    train(model, optimizer, 5)
-    other, other_optimizer = copy.deepcopy((model, optimizer))
-    assert same(train(model, optimizer, 6), train(other, other_optimizer, 6))
 
 
 # ---- state ----
