@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from test_trainers import make, ours
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -375,13 +375,18 @@ def test_a_stream_loses_no_row_more_than_with_trl(make_trainer, pairs, enabled):
     assert taken[0] == taken[1] and runs[0] == runs[1]
 
 
+@pytest.mark.parametrize("made", [stream, Dataset.from_list])
 @pytest.mark.parametrize(
     "rows, words",
-    [([], "is empty"), ([{"prompt": "a", "answer": "b"}], "no column `chosen` and `rejected`, it has prompt, answer")],
+    [
+        ([], "is empty"),
+        ([{"prompt": "a", "answer": "b"}], "no column `chosen` and `rejected`, it has prompt, answer"),
+        ([{"prompt": "a", "chosen": "b"}], "no column `rejected`"),
+    ],
 )
-def test_a_stream_that_cannot_work_is_refused(make_trainer, rows, words):
+def test_data_that_cannot_work_is_refused(make_trainer, made, rows, words):
     with pytest.raises(ValueError, match=words):
-        make_trainer(trainer={"train_dataset": stream(rows)})
+        make_trainer(trainer={"train_dataset": made(rows)})
 
 
 # ---- resuming ----

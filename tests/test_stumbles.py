@@ -123,6 +123,8 @@ def test_lists_in_a_recipe(tmp_path, text, name, value):
         ("{use_cpu: [1]}", "`use_cpu` must be true or false, got [1]"),
         ("{env: 3}", "`env` must be a mapping, got 3"),
         ("{truncation_mode: keep_middle}", "`truncation_mode` must be one of keep_end, keep_start"),
+        ("{model_init_kwargs: 3}", "`model_init_kwargs` must be a mapping, got 3"),
+        ("{help: true}", "sets `help`, which is no option"),
     ],
 )
 def test_values_in_a_recipe_that_fit_nowhere(tmp_path, text, message):
@@ -141,9 +143,12 @@ def write_recipe(tmp_path, text):
     return tmp_path / "r.yaml"
 
 
-def test_a_key_that_stands_twice(tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text((ROOT / RECIPE).read_text() + "\nbeta: 0.2\nbeta: 0.3\n")
-    assert "is no YAML: `beta` stands twice" in refused(capsys, [str(tmp_path / "r.yaml")])
+@pytest.mark.parametrize(
+    "text, message", [("beta: 0.2\nbeta: 0.3", "`beta` stands twice"), ("beta: 'x", "while scanning")]
+)
+def test_a_recipe_that_is_no_yaml(tmp_path, capsys, text, message):
+    (tmp_path / "r.yaml").write_text(f"{(ROOT / RECIPE).read_text()}\n{text}\n")
+    assert f"is no YAML: {message}" in refused(capsys, [str(tmp_path / "r.yaml")])
 
 
 @pytest.mark.parametrize("none", ["none", "null", ""])
@@ -160,6 +165,7 @@ def test_texts_of_a_recipe_are_left_out(tmp_path, none):
         (["--config", RECIPE, "--config", RECIPE], "`--config` takes one recipe"),
         ([RECIPE, "--use_cpu", "true", "stray"], "['stray'] belongs to no option"),
         (["recipes"], "`--config` 'recipes': is a folder, not a recipe"),
+        ([], "give `--config RECIPE.yaml`"),
     ],
 )
 def test_one_recipe(capsys, argv, message):
@@ -353,6 +359,7 @@ def test_files_are_read(tmp_path, name, text, row, folder):
         *[(name, "", "is empty: DPO needs rows") for name in ("a.jsonl", "a.json", "a.csv")],
         *[(name, text, "is empty: DPO needs") for name, text in {"a.jsonl": "\n\n", "a.json": "[]"}.items()],
         ("a.csv", "prompt,chosen,rejected\n", "is empty: DPO needs"),
+        ("a.jsonl", lines({"prompt": "a", "chosen": "b"}), "has no column `rejected`, it has prompt, chosen"),
         ("a.jsonl", lines(PAIR, PAIR, CHAT), "row 3 (the first is 1): `prompt` is messages, and in row 1 it is text"),
         ("a.jsonl", lines(CHAT, PAIR), "row 2 (the first is 1): `prompt` is text, and in row 1 it is messages"),
         (

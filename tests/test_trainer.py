@@ -9,7 +9,6 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import LORA, MODEL, assert_same, figures, losses, trainable
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForCausalLM
@@ -403,19 +402,6 @@ def test_args_may_be_left_out(pairs, tmp_path, monkeypatch):
     )  # TRL's default is bf16
     trainer = NSPO2DPOTrainer(MODEL, train_dataset=pairs, peft_config=LoraConfig(**LORA))
     assert isinstance(trainer.args, NSPO2DPOConfig) and trainer.args.output_dir == "model-NSPO2-DPO"
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ({"prompt": [], "chosen": [], "rejected": []}, "is empty"),
-        ({"prompt": ["a"], "answer": ["b"]}, "no column `chosen` and `rejected`, it has prompt, answer"),
-        ({"prompt": ["a"], "chosen": ["b"]}, "no column `rejected`"),
-    ],
-)
-def test_unusable_data_is_refused(make_trainer, rows, message):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(trainer={"train_dataset": Dataset.from_dict(rows)})
 
 
 PLAN = SimpleNamespace(tp_enabled=True, cp_enabled=False, sp_enabled=False)
