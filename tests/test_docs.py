@@ -233,14 +233,15 @@ def test_commands_parse(page, monkeypatch):
 # ---- Python ----
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    """Those of the README each by itself."""
     for name in ("recipes", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     shared = {"__name__": "docs"}
     for block in blocks(page, "python"):
-        exec(block, shared)
+        exec(block, {"__name__": "readme"} if page.parent == ROOT else shared)
 
 
 def test_the_claims_are_the_same_in_the_readme():
