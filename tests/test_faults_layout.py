@@ -66,6 +66,7 @@ REFUSED = [
     ("IA3", {"feedforward_modules": ["down_proj"]}, "is of the kind IA3: only LoRA adapters can be projected"),
     ("AdaLora", {"total_step": 8}, "is of the kind ADALORA: only LoRA adapters can be projected"),
     ("Lora", {"use_bdlora": BLOCKWISE}, "where A is a BlockDiagonalLinear. is not supported"),
+    ("Lora", {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]}, "on single parameters"),
 ]
 
 

@@ -4,15 +4,13 @@ import pytest
 import torch
 from conftest import MODEL, SHARED
 from datasets import Dataset, IterableDataset
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from retained import ALL_LINEAR, SHORT, adapted, sentences, tokenizer, trained
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from nspo2_trl import retain_adapter
@@ -113,14 +111,6 @@ def test_a_model_trained_on_stories():
     assert figures["kl"] < 0.5 * figures["before"]["kl"]
 
 
-def experts():
-    config = MixtralConfig(
-        vocab_size=756, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    return MixtralForCausalLM(config)
-
-
 def quick_start():
     return AutoModelForCausalLM.from_pretrained(MODEL)
 
@@ -132,14 +122,7 @@ class Convolution(torch.nn.Module):
 
 
 REFUSED = [
-    (lambda: get_peft_model(quick_start(), IA3Config(task_type="CAUSAL_LM")), "only LoRA adapters"),
     (lambda: get_peft_model(Convolution(), LoraConfig(target_modules=["conv"])), "LoRA on Conv1d .* linear layers"),
-    (
-        lambda: get_peft_model(
-            experts(), LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-        ),
-        "single parameters .* `target_modules`",
-    ),
     (lambda: get_peft_model(quick_start(), LoraConfig(target_modules=["embed_tokens"])), "on no linear layer"),
     (quick_start, "has no adapter"),
 ]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import assert_same, figures, losses, trainable
-from peft import AdaLoraConfig, LoraConfig
 from retained import SHORT, sentences, tokenizer
 from test_scripts import command
 from trl import DPOTrainer
@@ -266,18 +265,6 @@ def test_what_the_projection_does_not_reach_is_said_once(make_trainer, caplog, l
     make_trainer(lora=LINEAR | lora, trainer={"retain_dataset": sentences()}, max_steps=2)
     said = [record.getMessage() for record in caplog.records if "does not reach" in record.getMessage()]
     assert len(said) == (words is not None) and all(words in message for message in said)
-
-
-OTHER_KINDS = [
-    (AdaLoraConfig(r=4, target_modules=["q_proj"], total_step=8, task_type="CAUSAL_LM"), "only LoRA adapters can be"),
-    (LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.down_proj.weight"]), "LoRA on single parameters"),
-]
-
-
-@pytest.mark.parametrize(("config", "words"), OTHER_KINDS)
-def test_adapters_that_cannot_be_projected_are_refused(make_trainer, config, words):
-    with pytest.raises(ValueError, match=words):
-        make(make_trainer, trainer={"peft_config": config})
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
