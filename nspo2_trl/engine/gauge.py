@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from .eigensolvers import Total, same
-from .state import load_tensors
+from .state import Saved
 
 HISTORY = 512  # steps over which the logged figures are pooled
 SPANS = 24  # parts of the run whose sums are kept; when all are full, each takes twice as many steps
 MIN_STEPS = 16  # fewer give no standard error worth the name
 
 
-class Gauge:
+class Gauge(Saved):
     """Signal and noise of B blocks of m vectors, with their running mean gradient.
 
     Args:
@@ -28,7 +28,7 @@ class Gauge:
     """
 
     _TENSORS = ("reference", "history", "spans")
-    _NUMBERS = ("weight", "last", "samples", "steps", "span_steps")
+    _NUMBERS = ("weight", "last", "samples", "steps", "span_steps", "weights", "noisy", "counts")
 
     def __init__(self, like: torch.Tensor, decay: float, stored: torch.dtype | None = None, total: Total = same):
         self.decay, self.total = decay, total
@@ -100,18 +100,6 @@ class Gauge:
         weights = torch.tensor(self.weights[-count:], dtype=torch.float64) * self.spans.shape[2]
         known = torch.tensor(self.noisy[-count:], dtype=torch.float64)
         return torch.cat([self.history[order].cpu(), torch.stack([weights, known], 1)], 1)
-
-    def state_dict(self) -> dict:
-        """Tensors and plain numbers only."""
-        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
-        lists = {"weights": list(self.weights), "noisy": list(self.noisy), "counts": [*map(list, self.counts)]}
-        return tensors | lists | {name: getattr(self, name) for name in self._NUMBERS}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises `ValueError` where the state is of other blocks or another LoRA rank."""
-        load_tensors(self, self._TENSORS, state)
-        for name in (*self._NUMBERS, "weights", "noisy", "counts"):
-            setattr(self, name, state[name])
 
 
 @dataclass

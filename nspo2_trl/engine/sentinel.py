@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 from ..config import NSPO2Config
+from .state import Saved
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def _ladder(strategy: str) -> list[tuple[str, float, str]]:
     return [*rungs, *((name, 0.5, f"strategy `{name}`") for name in weaker), ("off", 0.0, "projection off")]
 
 
-class BiasSentinel:
+class BiasSentinel(Saved):
     """On a breach it warns once, then lowers the rank, then noise → hybrid → keep, then switches the projection off.
 
     A check is a breach where the bias is above `target_bias`, the trust region's α is below 0.25, a reported loss
@@ -34,6 +35,8 @@ class BiasSentinel:
     bias and α are not looked at, so that it is tried again in the end, later each time. A remedy has `every` steps to
     show.
     """
+
+    _NUMBERS = tuple("level calm patience smoothed variance best best_eval moves reports moved_at standing".split())
 
     def __init__(self, strategy: str, target_bias: float, enabled: bool = True, every: int = 1):
         self.enabled, self.configured, self.target_bias = enabled, strategy, target_bias
@@ -116,18 +119,13 @@ class BiasSentinel:
         say("NSPO2 sentinel, step %d: %s, so: %s.", step, reason, self.rungs[level][2])
         return True
 
-    _STATE = ("level", "calm", "patience", "smoothed", "variance", "best", "best_eval", "moves", "reports", "moved_at")
-
     def state_dict(self) -> dict:
         """Plain numbers."""
-        state = {name: getattr(self, name) for name in self._STATE}
-        return state | {"standing": dict(self.standing), "strategy": {self.configured: 0}}
+        return super().state_dict() | {"strategy": {self.configured: 0}}
 
     def load_state_dict(self, state: Mapping) -> None:
         """A state saved under another strategy is left aside: its rungs are others."""
-        if self.configured not in state["strategy"]:
+        if self.configured in state["strategy"]:
+            super().load_state_dict(state)
+        else:
             logger.warning("NSPO2 sentinel: the strategy was changed to `%s`, so it starts anew.", self.configured)
-            return
-        for name in self._STATE:
-            setattr(self, name, state[name])
-        self.standing = dict(state["standing"])

@@ -13,14 +13,14 @@ import torch
 
 from .gauge import HISTORY, MIN_STEPS, Gauge
 from .projection import ProjectionHead, restrict
-from .state import load_tensors
+from .state import Saved
 
 WINDOWS = 64  # from one eigensolve to the next, over which it is pooled
 MAX_STANDARD_ERROR = 0.2
 MIN_WINDOWS = 8  # fewer give no standard error worth the name
 
 
-class SignalRemoved:
+class SignalRemoved(Saved):
     """For B blocks of m vectors, with a filter of `width` directions."""
 
     _TENSORS = ("taken", "kept", "coords", "own", "windows")
@@ -68,17 +68,6 @@ class SignalRemoved:
         """(count,) the newest windows, oldest first, on the host."""
         order = torch.arange(self.window_count - count, self.window_count, device=self.windows.device) % WINDOWS
         return self.windows[order].cpu()
-
-    def state_dict(self) -> dict:
-        """Tensors and plain numbers only."""
-        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
-        return tensors | {name: getattr(self, name) for name in self._NUMBERS}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises `ValueError` where the state is of other blocks, LoRA rank or `max_rank`."""
-        load_tensors(self, self._TENSORS, state)
-        for name in self._NUMBERS:
-            setattr(self, name, state[name])
 
 
 def pool(gauges: Sequence[Gauge], removals: Sequence[SignalRemoved], batch_size: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ def load_tensors(owner: object, names: Iterable[str], state: Mapping) -> None:
         if own.shape != saved.shape:
             raise ValueError(f"the saved `{name}` has shape {tuple(saved.shape)}, this run needs {tuple(own.shape)}")
         setattr(owner, name, saved.to(own, copy=True))
+
+
+class Saved:
+    """What is saved of it: tensors, whose shapes stay, and plain numbers or lists of them, as names of attributes."""
+
+    _TENSORS: tuple[str, ...] = ()
+    _NUMBERS: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict:
+        """Tensors and plain numbers only."""
+        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
+        return tensors | {name: deepcopy(getattr(self, name)) for name in self._NUMBERS}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Raises `ValueError` where the state is of other blocks, LoRA rank or `max_rank`."""
+        load_tensors(self, self._TENSORS, state)
+        for name in self._NUMBERS:
+            setattr(self, name, deepcopy(state[name]))
 
 
 def in_dtype(state: Any, old: torch.dtype, new: torch.dtype) -> Any:
