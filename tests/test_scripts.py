@@ -36,16 +36,14 @@ def command(tmp_path, *extra, steps=4):
 
 
 def few_rows(path, rows=40, columns=("prompt", "chosen", "rejected")):
-    """The first pairs of the quick start as a .jsonl(.gz) file, with some of the columns only."""
+    """The first pairs of the quick start as a .jsonl file, with some of the columns only."""
     with gzip.open(ROOT / "recipes/quickstart/data/train.jsonl.gz", "rt") as file:
         picked = [json.loads(line) for line, _ in zip(file, range(rows))]
     for row in picked:
         if "prompt" not in columns:  # implicit prompt
             row["chosen"], row["rejected"] = row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]
     picked = [{name: row[name] for name in columns} for row in picked]
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in picked)
+    path.write_text("".join(json.dumps(row) + "\n" for row in picked))
     return picked
 
 
