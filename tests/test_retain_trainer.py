@@ -13,7 +13,6 @@ from trl import DPOTrainer
 from nspo2_trl.cli import train
 
 LINEAR = {"target_modules": "all-linear"}
-QUIET = {"nspo2_retain_kl": 0, "nspo2_retain_project": "no"}
 EVAL = {"eval_strategy": "steps", "eval_steps": 4}
 
 
@@ -36,14 +35,6 @@ def test_measured_alone_it_changes_nothing(make_trainer, pairs):
     assert len(kl) == len(loss) == 2 and 0 < kl[0] < kl[1] and all(abs(value) < 1 for value in loss)
 
 
-def test_all_off_is_plain(make_trainer):
-    plain, off = make_trainer(DPOTrainer, lora=LINEAR), make(make_trainer, nspo2_projection_rank=0, **QUIET)
-    plain.train()
-    off.train()
-    assert_same(trainable(plain), trainable(off))
-    assert not figures(off, "retain_kl")
-
-
 def test_kl_term_keeps_the_model_closer(make_trainer):
     found = {}
     options = {
@@ -60,36 +51,9 @@ def test_kl_term_keeps_the_model_closer(make_trainer):
     assert all(value > 0 for value in figures(trainer, "retain_kl")[1:]) and figures(trainer, "retain_ms")[0] > 0
 
 
-def test_kl_term_is_part_of_the_loss_and_of_the_gradient(make_trainer):
-    """One step by hand: the gradient of the trainer's loss is DPO's plus weight times that of the mean KL."""
-    grads = {}
-    for weight in (0.0, 3.0):
-        trainer = make(make_trainer, nspo2_retain_kl=weight, nspo2_retain_project="no", gradient_accumulation_steps=1)
-        trainer.model.train()
-        for name, param in trainer.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(param, std=0.05, generator=torch.Generator().manual_seed(0))
-        trainer.current_gradient_accumulation_steps = 1
-        batch = next(iter(trainer.get_train_dataloader()))
-        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
-        loss.backward()
-        grads[weight] = loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
-    retained, model = trainer.nspo2_retained, trainer.model
-    model.zero_grad()
-    ids = torch.tensor([retained._text(0)])
-    with model.disable_adapter(), torch.no_grad():
-        before = model(ids).logits.log_softmax(-1)
-    after = model(ids).logits.log_softmax(-1)
-    kl = (before.exp() * (before - after)).sum(-1).mean()
-    (3.0 * kl).backward()
-    torch.testing.assert_close(grads[3.0][0], grads[0.0][0] + 3.0 * kl.detach())
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            torch.testing.assert_close(grads[3.0][1][name], grads[0.0][1][name] + param.grad, atol=1e-5, rtol=1e-4)
-
-
-def test_resumes_bit_identical_with_the_kl_term(make_trainer, tmp_path):
-    options = {"nspo2_retain_kl": 5, "save_strategy": "steps", "save_steps": 4}
+@pytest.mark.parametrize("own", [{"nspo2_retain_kl": 5}, {"nspo2_retain_project": "during"}])
+def test_resumes_bit_identical(make_trainer, tmp_path, own):
+    options = own | {"save_strategy": "steps", "save_steps": 4}
     whole = make(make_trainer, output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     again = make(make_trainer, output_dir=str(tmp_path / "again"), **options)
@@ -113,15 +77,6 @@ def test_texts_that_span_less_than_the_rank_are_read_as_before(make_trainer, pro
         torch.testing.assert_close(first, last, atol=1e-5, rtol=1e-6)  # float32 of logits above 10
     others = zip(before, logits(trainer.model, ["Otto and Lena saw a bridge"]))
     assert all((first[:, :4] - last[:, :4]).abs().max() > 1e-3 for first, last in others)
-
-
-def test_during_resumes_bit_identical(make_trainer, tmp_path):
-    options = {"nspo2_retain_project": "during", "save_strategy": "steps", "save_steps": 4}
-    whole = make(make_trainer, output_dir=str(tmp_path / "whole"), **options)
-    whole.train()
-    again = make(make_trainer, output_dir=str(tmp_path / "again"), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
-    assert_same(trainable(whole), trainable(again))
 
 
 def test_after_keeps_the_adapter_as_it_was_beside_it(make_trainer, tmp_path):

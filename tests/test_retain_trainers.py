@@ -1,4 +1,4 @@
-"""Retained texts in the SFT, KTO, GRPO and reward trainers, and in trainers that `attach_nspo2` is given."""
+"""Retained texts in the trainers, and in trainers that `attach_nspo2` is given."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def retaining(kind, pairs, folder, texts=None, steps=2, **options):
     return make(with_texts, config_cls, kind, pairs, folder, **({"max_steps": steps} | options))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["DPO", *KINDS])
 def test_all_off_is_plain(kind, pairs, tmp_path):
     plain = make(*theirs(kind), kind, pairs, tmp_path / "plain", max_steps=2)
     plain.train()
     off = retaining(kind, pairs, tmp_path / "off", **OFF)
     off.train()
-    assert losses(off) == losses(plain)
+    assert losses(off) == losses(plain) and not figures(off, "retain_kl")
     assert_same(trainable(off), trainable(plain))
 
 
@@ -64,17 +64,20 @@ def away(model):
 
 
 def gradient_by_hand(trainer, numbers):
-    """Of the KL term: the mean over texts of their mean over tokens, times its weight."""
+    """The KL term, the mean over texts of their mean over tokens, times its weight; and its gradient."""
     model, retained = trainer.model, trainer.nspo2_retained
     model.zero_grad()
     away(model)
+    term = 0.0
     for number in numbers:
         ids = torch.tensor([retained._text(number)])
         with torch.no_grad(), model.disable_adapter():
             frozen = model(ids).logits.log_softmax(-1)
         policy = model(ids).logits.log_softmax(-1)
-        (WEIGHT / len(numbers) * (frozen.exp() * (frozen - policy)).sum(-1).mean()).backward()
-    return {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+        part = WEIGHT / len(numbers) * (frozen.exp() * (frozen - policy)).sum(-1).mean()
+        part.backward()
+        term += part.item()
+    return term, {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
 
 
 SPLITS = {  # the same texts: one per micro-batch, or all in one
@@ -85,7 +88,7 @@ SPLITS = {  # the same texts: one per micro-batch, or all in one
 
 @pytest.mark.parametrize(
     ("kind", "split"),
-    [("SFT", "at once"), ("KTO", "accumulated"), ("GRPO", "accumulated")]
+    [("DPO", "at once"), ("SFT", "at once"), ("KTO", "accumulated"), ("GRPO", "accumulated")]
     + [slow("SFT", "accumulated"), slow("KTO", "at once"), slow("GRPO", "at once")],
 )
 def test_the_kl_term_has_its_weight_in_the_gradient(kind, split, pairs, tmp_path):
@@ -105,11 +108,12 @@ def check_weight(kind, pairs, folder, numbers, **options):
         "max_grad_norm": 0.0,
         "learning_rate": 0.0,
     } | options
-    found = {}
+    found, loss = {}, {}
     for weight in (0.0, WEIGHT):
         trainer = retaining(kind, pairs, folder, texts, nspo2_retain_kl=weight, **same)
-        found[weight] = first_gradient(trainer)
-    by_hand = gradient_by_hand(trainer, numbers)
+        found[weight], loss[weight] = first_gradient(trainer), losses(trainer)[0]
+    term, by_hand = gradient_by_hand(trainer, numbers)
+    assert loss[WEIGHT] - loss[0.0] == pytest.approx(term, abs=1e-3) and term > 0.01
     assert len(texts) > 10 and any(grad.abs().max() > 1e-3 for grad in by_hand.values())
     for name, grad in by_hand.items():
         torch.testing.assert_close(found[WEIGHT][name] - found[0.0][name], grad, atol=2e-5, rtol=1e-3)
