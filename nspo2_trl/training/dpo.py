@@ -8,10 +8,9 @@ from typing import Any
 from datasets import IterableDataset
 from trl import DPOConfig, DPOTrainer
 
-from .lost_rows import lost_rows
 from .mixin import NSPO2Mixin
 from .options import NSPO2DPOConfig
-from .refusals import check_nothing_missing, check_preferences, checked_stream
+from .refusals import check_nothing_missing, check_preferences, checked_stream, lost_rows
 
 logger = logging.getLogger(__name__)
 

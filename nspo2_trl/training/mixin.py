@@ -188,14 +188,11 @@ class NSPO2Mixin(MicroBatchMixin, RetainMixin, SavingMixin):
                 self.nspo2.watch({name: figures[name] for name in ("bias", "alpha") if name in figures})
                 figures["sentinel_level"] = self.nspo2.sentinel.level
             logs = {**logs, **{f"nspo2/{name}": value for name, value in figures.items()}}
-            self._nspo2_tell_diverged()
+            told, at = self._nspo2_diverged_at, self.nspo2_diverged_at
+            self._nspo2_diverged_at = at
+            if at is not None and at != told and self.is_world_process_zero():
+                logger.warning("The loss or a gradient is not finite from step %d on: %s.", at, DIVERGED)
         super().log(logs, *args, **kwargs)
-
-    def _nspo2_tell_diverged(self) -> None:
-        at, told = self.nspo2_diverged_at, self._nspo2_diverged_at
-        self._nspo2_diverged_at = at
-        if at is not None and at != told and self.is_world_process_zero():
-            logger.warning("The loss or a gradient is not finite from step %d on: %s.", at, DIVERGED)
 
     @property
     def nspo2_diverged_at(self) -> int | None:
