@@ -1,5 +1,6 @@
 """Shared pieces: the quick start's model and pairs, which the project made itself, and tiny trainers on them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -82,16 +83,22 @@ def make_trainer(pairs, tmp_path):
     return make
 
 
+def done(trainer):
+    """The trainer, trained."""
+    trainer.train()
+    return trainer
+
+
 @pytest.fixture
 def trained(make_trainer):
     """`make_trainer`, and the training done."""
+    return lambda *args, **options: done(make_trainer(*args, **options))
 
-    def make(*args, **options):
-        trainer = make_trainer(*args, **options)
-        trainer.train()
-        return trainer
 
-    return make
+def write(path: Path, rows) -> str:
+    """The name of a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def trainable(trainer) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same, trainable
+from conftest import assert_same, done, trainable
 from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -81,8 +81,7 @@ def test_errors_that_are_not_of_the_disk_stay_what_they_are(saving, break_at, er
 
 
 def test_resuming_passes_over_half_a_checkpoint_and_says_so(saving, caplog):
-    once = saving()
-    once.train()
+    once = done(saving())
     out = once.args.output_dir
     os.remove(f"{out}/checkpoint-4/trainer_state.json")  # what a kill in the midst of saving leaves
     rest = saving()
@@ -128,8 +127,7 @@ def small_disk(tmp_path):
 
 def test_full_disk_ends_in_one_error_and_the_last_whole_checkpoint_resumes(saving, small_disk, tmp_path):
     large = {"nspo2_covariance": "adapter", "nspo2_basis_dtype": "float32"}  # a disk is of whole MiB
-    once = saving(output_dir=str(tmp_path / "once"), **large)
-    once.train()
+    once = done(saving(output_dir=str(tmp_path / "once"), **large))
     size = sum(file.stat().st_size for file in (tmp_path / "once/checkpoint-2").iterdir())
     disk = small_disk(int(1.6 * size / 2**20) + 1)
     with pytest.raises(CheckpointError) as refused:

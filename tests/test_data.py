@@ -4,18 +4,13 @@ import json
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, write
 from datasets import Dataset, DatasetDict, IterableDataset
 from test_scripts import command, few_rows, logged, refused
 
 from nspo2_trl.cli import train
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
-
-
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def loaded(tmp_path, *options):

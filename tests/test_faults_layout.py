@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from conftest import MODEL, figures, trainable
+from conftest import MODEL, done, figures, trainable
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from retained import sentences
 from torch import nn
@@ -82,8 +82,7 @@ def test_what_cannot_be_projected_is_refused_before_texts_are_read(make_trainer,
 
 def test_other_kinds_are_measured_on_retained_texts(make_trainer):
     parts = {"peft_config": config("AdaLora", total_step=8), "retain_dataset": sentences()}
-    trainer = make_trainer(trainer=parts, nspo2_retain_project="no", max_steps=2)
-    trainer.train()
+    trainer = done(make_trainer(trainer=parts, nspo2_retain_project="no", max_steps=2))
     assert abs(trainer.nspo2_retained.measure()["kl"]) < 0.1 and figures(trainer, "retain_kl")
 
 

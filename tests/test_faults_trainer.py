@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FAST_NSPO2, LORA, MODEL, assert_same, figures, losses, trainable
+from conftest import FAST_NSPO2, LORA, MODEL, assert_same, done, figures, losses, trainable
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from test_trainers import make, ours
@@ -84,8 +84,7 @@ class ShortOfMemory(NSPO2DPOTrainer):
 def test_the_batch_that_ran_is_logged(make_trainer, pairs, enabled, monkeypatch):
     monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **kwargs: None)
     args = {"per_device_train_batch_size": 4, "auto_find_batch_size": True, "max_steps": 3, "nspo2_enabled": enabled}
-    trainer = make_trainer(ShortOfMemory, **args)
-    trainer.train()
+    trainer = done(make_trainer(ShortOfMemory, **args))
     assert trainer.calls == 6 + 6 and figures(trainer, "batch_size") == [6, 6, 6]  # 3 pairs, 2 micro-batches
     if enabled:
         assert trainer.nspo2.filters[0].step_count == 3  # what the larger batch taught is of another noise
@@ -363,8 +362,7 @@ def test_data_that_cannot_work_is_refused(make_trainer, made, rows, words):
 def saved(make_trainer):
     """`saved()`: a run of 4 steps; and `make(...)` makes another trainer on its output_dir."""
     make = lambda **args: make_trainer(**{"save_strategy": "steps", "save_steps": 2, "max_steps": 4} | args)
-    trainer = make()
-    trainer.train()
+    trainer = done(make())
     return trainer, make
 
 
@@ -565,8 +563,7 @@ def test_no_share_of_a_noise_that_has_vanished(make_trainer, caplog):
             return super().compute_loss(*args, **kwargs) * (1e-4 if 5 <= self.state.global_step < 10 else 1.0)
 
     args = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "gradient_accumulation_steps": 1}
-    trainer = make_trainer(Solved, **args)
-    trainer.train()
+    trainer = done(make_trainer(Solved, **args))
     logged = lambda made: [e["step"] for e in made.state.log_history if "nspo2/variance_reduction" in e]
     assert logged(trainer) == [4, 5, 11, 12]
     assert figures(trainer, "active")[3:] == [1] * 9

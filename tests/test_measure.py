@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import trl
-from conftest import assert_same, losses, trainable
+from conftest import assert_same, done, losses, trainable
 from test_scripts import command
 from test_trainers import KINDS, make, ours, theirs
 
@@ -85,8 +85,7 @@ def test_state_is_one_float_per_parameter_and_resumes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["DPO", *KINDS])
 def test_measures_any_trainer_and_leaves_it_as_trl_is(kind, pairs, tmp_path):
-    plain = make(*theirs(kind), kind, pairs, tmp_path / "plain", max_steps=6)
-    plain.train()
+    plain = done(make(*theirs(kind), kind, pairs, tmp_path / "plain", max_steps=6))
     trainer = make(*ours(kind), kind, pairs, tmp_path / "ours", nspo2_projection_rank=0, max_steps=6)
     found = measure(trainer)
     assert_same(trainable(trainer), trainable(plain))
@@ -98,8 +97,7 @@ def test_measures_any_trainer_and_leaves_it_as_trl_is(kind, pairs, tmp_path):
 
 
 def test_stops_within_the_schedule_of_the_whole_run(make_trainer):
-    whole = make_trainer(trl.DPOTrainer, max_steps=8)
-    whole.train()
+    whole = done(make_trainer(trl.DPOTrainer, max_steps=8))
     trainer = make_trainer(max_steps=8, nspo2_projection_rank=0)
     assert measure(trainer, steps=5)["steps"] == 5
     assert losses(trainer) == losses(whole)[:5]
@@ -108,8 +106,7 @@ def test_stops_within_the_schedule_of_the_whole_run(make_trainer):
 def test_attached_and_filtering_trainers_have_the_summary_too(make_trainer, trained):
     with pytest.raises(ValueError, match="call `attach_nspo2"):
         noise_summary(make_trainer(trl.DPOTrainer))
-    attached = attach_nspo2(make_trainer(trl.DPOTrainer, max_steps=20), NSPO2Config(projection_rank=0))
-    attached.train()
+    attached = done(attach_nspo2(make_trainer(trl.DPOTrainer, max_steps=20), NSPO2Config(projection_rank=0)))
     made = trained(max_steps=20, nspo2_projection_rank=0)
     filtering = noise_summary(trained(max_steps=20))
     names = [entry["name"] for entry in noise_summary(attached)["modules"]]

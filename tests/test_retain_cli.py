@@ -4,16 +4,12 @@ import json
 import shutil
 
 import pytest
+from conftest import write
 from retained import adapted, sentences
 from safetensors.torch import load_file, save_file
 
 from nspo2_trl.cli import command, retain
 from nspo2_trl.cli.frontier import choose, scaled_kl
-
-
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

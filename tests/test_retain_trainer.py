@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import assert_same, figures, losses, trainable
+from conftest import assert_same, done, figures, losses, trainable, write
 from retained import SHORT, sentences, tokenizer
 from test_scripts import command
 from trl import DPOTrainer
@@ -26,10 +26,8 @@ def logged(trainer, name):
 
 
 def test_measured_alone_it_changes_nothing(make_trainer, pairs):
-    plain = make_trainer(DPOTrainer, lora=LINEAR)
-    plain.train()
-    measured = make(make_trainer, trainer={"eval_dataset": pairs.select(range(4))}, nspo2_enabled=False, **EVAL)
-    measured.train()
+    plain = done(make_trainer(DPOTrainer, lora=LINEAR))
+    measured = done(make(make_trainer, trainer={"eval_dataset": pairs.select(range(4))}, nspo2_enabled=False, **EVAL))
     assert_same(trainable(plain), trainable(measured))
     kl, loss = logged(measured, "eval_retain_kl"), logged(measured, "eval_retain_loss")
     assert len(kl) == len(loss) == 2 and 0 < kl[0] < kl[1] and all(abs(value) < 1 for value in loss)
@@ -44,8 +42,7 @@ def test_kl_term_keeps_the_model_closer(make_trainer):
         "per_device_train_batch_size": 4,
     }
     for weight in (0, 1):
-        trainer = make(make_trainer, nspo2_retain_kl=weight, nspo2_retain_kl_samples=4, **options)
-        trainer.train()
+        trainer = done(make(make_trainer, nspo2_retain_kl=weight, nspo2_retain_kl_samples=4, **options))
         found[weight] = trainer.nspo2_retained.measure()["kl"]
     assert found[1] < 0.3 * found[0]
     assert all(value > 0 for value in figures(trainer, "retain_kl")[1:]) and figures(trainer, "retain_ms")[0] > 0
@@ -54,8 +51,7 @@ def test_kl_term_keeps_the_model_closer(make_trainer):
 @pytest.mark.parametrize("own", [{"nspo2_retain_kl": 5}, {"nspo2_retain_project": "during"}])
 def test_resumes_bit_identical(make_trainer, tmp_path, own):
     options = own | {"save_strategy": "steps", "save_steps": 4}
-    whole = make(make_trainer, output_dir=str(tmp_path / "whole"), **options)
-    whole.train()
+    whole = done(make(make_trainer, output_dir=str(tmp_path / "whole"), **options))
     again = make(make_trainer, output_dir=str(tmp_path / "again"), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
     assert losses(whole)[4:] == losses(again)[4:]
@@ -82,10 +78,8 @@ def test_texts_that_span_less_than_the_rank_are_read_as_before(make_trainer, pro
 def test_after_keeps_the_adapter_as_it_was_beside_it(make_trainer, tmp_path):
     from safetensors.torch import load_file
 
-    plain = make(make_trainer, nspo2_retain_kl=0, nspo2_retain_project="no")
-    plain.train()
-    trainer = make(make_trainer, nspo2_retain_kl=0)
-    trainer.train()
+    plain = done(make(make_trainer, nspo2_retain_kl=0, nspo2_retain_project="no"))
+    trainer = done(make(make_trainer, nspo2_retain_kl=0))
     trainer.save_model()
     unprojected = load_file(tmp_path / "out/unprojected/adapter_model.safetensors")
     written = load_file(tmp_path / "out/adapter_model.safetensors")
@@ -100,8 +94,7 @@ def test_after_keeps_the_adapter_as_it_was_beside_it(make_trainer, tmp_path):
 
 def test_a_trained_adapter_is_kept_as_it_was(make_trainer, tmp_path):
     """Frozen is what the run started from, not the base below it."""
-    first = make_trainer(lora=LINEAR)
-    first.train()
+    first = done(make_trainer(lora=LINEAR))
     second = make(make_trainer, model=first.model, nspo2_retain_project="no", nspo2_retain_kl=0)
     assert second.nspo2_retained.measure()["kl"] == pytest.approx(0, abs=1e-7)
     second.train()
@@ -132,9 +125,7 @@ def test_the_pairs_own_texts_are_refused(make_trainer, pairs):
 
 
 def texts_file(tmp_path) -> str:
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences()))
-    return str(path)
+    return write(tmp_path / "texts.jsonl", [{"text": text} for text in sentences()])
 
 
 @pytest.mark.usefixtures("in_the_repository")
@@ -167,8 +158,7 @@ def test_without_a_projection_the_table_has_no_such_column(tmp_path, capsys):
 
 def test_the_card_says_what_was_retained(make_trainer, pairs, tmp_path):
     held_out = {"eval_dataset": pairs.select(range(4))}
-    trainer = make(make_trainer, trainer=held_out, nspo2_retain_kl=3, nspo2_retain_rank=5, **EVAL)
-    trainer.train()
+    trainer = done(make(make_trainer, trainer=held_out, nspo2_retain_kl=3, nspo2_retain_rank=5, **EVAL))
     trainer.create_model_card()
     card = (tmp_path / "out/README.md").read_text()
     assert f"a dataset given to the trainer, 32 texts of {trainer.nspo2_retained.tokens:,} tokens; 8 more" in card
@@ -182,8 +172,7 @@ def test_the_card_says_what_was_retained(make_trainer, pairs, tmp_path):
 
 
 def test_the_card_of_texts_that_were_only_measured(make_trainer, tmp_path):
-    trainer = make(make_trainer, texts=texts_file(tmp_path), nspo2_enabled=False, max_steps=2)
-    trainer.train()
+    trainer = done(make(make_trainer, texts=texts_file(tmp_path), nspo2_enabled=False, max_steps=2))
     trainer.create_model_card()
     card = (tmp_path / "out/README.md").read_text()
     assert "Only measured, nothing was done to retain them." in card and str(tmp_path) not in card
@@ -191,8 +180,7 @@ def test_the_card_of_texts_that_were_only_measured(make_trainer, tmp_path):
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"model_init_kwargs": {"dtype": "bfloat16"}}])
 def test_in_bfloat16(make_trainer, options):
-    trainer = make(make_trainer, max_steps=4, **options)
-    trainer.train()
+    trainer = done(make(make_trainer, max_steps=4, **options))
     found = figures(trainer, "retain_kl")
     assert all(0 <= value < 0.1 for value in found) and found[-1] > 0 and trainer.nspo2_retain_projected
 
@@ -200,8 +188,7 @@ def test_in_bfloat16(make_trainer, options):
 def test_gradient_checkpointing_changes_nothing(make_trainer):
     found = []
     for checkpointing in (False, True):
-        trainer = make(make_trainer, max_steps=4, gradient_checkpointing=checkpointing)
-        trainer.train()
+        trainer = done(make(make_trainer, max_steps=4, gradient_checkpointing=checkpointing))
         found.append((losses(trainer), trainable(trainer)))
     assert found[0][0] == found[1][0]
     assert_same(found[0][1], found[1][1])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same, figures, losses, trainable
+from conftest import assert_same, done, figures, losses, trainable
 from retained import sentences, tokenizer
 from safetensors.torch import load_file
 from test_trainers import KINDS, make, ours, theirs
@@ -30,10 +30,8 @@ def retaining(kind, pairs, folder, texts=None, steps=2, **options):
 
 @pytest.mark.parametrize("kind", ["DPO", *KINDS])
 def test_all_off_is_plain(kind, pairs, tmp_path):
-    plain = make(*theirs(kind), kind, pairs, tmp_path / "plain", max_steps=2)
-    plain.train()
-    off = retaining(kind, pairs, tmp_path / "off", **OFF)
-    off.train()
+    plain = done(make(*theirs(kind), kind, pairs, tmp_path / "plain", max_steps=2))
+    off = done(retaining(kind, pairs, tmp_path / "off", **OFF))
     assert losses(off) == losses(plain) and not figures(off, "retain_kl")
     assert_same(trainable(off), trainable(plain))
 
@@ -123,16 +121,14 @@ def check_weight(kind, pairs, folder, numbers, **options):
 def test_the_model_is_kept_closer(kind, pairs, tmp_path):
     kl = {}
     for name, options in {"plain": {"nspo2_retain_kl": 0, "nspo2_retain_project": "no"}, "kept": {}}.items():
-        trainer = retaining(kind, pairs, tmp_path / name, steps=12, learning_rate=1e-2, **options)
-        trainer.train()
+        trainer = done(retaining(kind, pairs, tmp_path / name, steps=12, learning_rate=1e-2, **options))
         kl[name] = trainer.nspo2_retained.measure()["kl"]
     assert 0 < kl["kept"] < 0.5 * kl["plain"]
     assert figures(trainer, "retain_kl")[-1] > 0 and (tmp_path / "kept/unprojected").is_dir()
 
 
 def test_a_reward_model_is_projected_and_has_no_kl_term(pairs, tmp_path, caplog):
-    trainer = retaining("Reward", pairs, tmp_path, eval_strategy="no")
-    trainer.train()
+    trainer = done(retaining("Reward", pairs, tmp_path, eval_strategy="no"))
     assert "A reward model has no next-token distribution" in caplog.text
     assert not figures(trainer, "retain_kl") and 0 < figures(trainer, "retain_leakage")[-1] < 1
     trainer.save_model()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, write
 
 from nspo2_trl import NSPO2DPOTrainer
 from nspo2_trl.cli import train
@@ -43,7 +43,7 @@ def few_rows(path, rows=40, columns=("prompt", "chosen", "rejected")):
         if "prompt" not in columns:  # implicit prompt
             row["chosen"], row["rejected"] = row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]
     picked = [{name: row[name] for name in columns} for row in picked]
-    path.write_text("".join(json.dumps(row) + "\n" for row in picked))
+    write(path, picked)
     return picked
 
 

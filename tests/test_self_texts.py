@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, done
 from retained import adapted, sentences, tokenizer, trained
 
 from nspo2_trl import retain_adapter
@@ -192,8 +192,7 @@ def test_the_command_writes_texts_itself(tmp_path, pairs):
 
 def test_a_trainer_retains_what_its_model_writes(make_trainer, tmp_path):
     options = {"nspo2_retain_dataset": "self", "nspo2_retain_samples": 10, "nspo2_retain_max_length": 40}
-    trainer = make_trainer(lora={"target_modules": "all-linear"}, **options)
-    trainer.train()
+    trainer = done(make_trainer(lora={"target_modules": "all-linear"}, **options))
     retained = trainer.nspo2_retained
     assert len(retained.texts) == 8 and trainer.nspo2_retain_projected
     assert len(list((tmp_path / "out").glob("self-*.json"))) == 1

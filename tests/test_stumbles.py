@@ -134,13 +134,8 @@ def test_values_in_a_recipe_that_fit_nowhere(tmp_path, text, message):
 
 def test_merged_keys_of_a_recipe(tmp_path):
     text = "env: &base {A: b}\nmodel_init_kwargs:\n  <<: *base\n"
-    recipe = read_recipe(write_recipe(tmp_path, text), make_parser())
-    assert recipe["model_init_kwargs"] == {"A": "b"}
-
-
-def write_recipe(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
-    return tmp_path / "r.yaml"
+    assert read_recipe(tmp_path / "r.yaml", make_parser())["model_init_kwargs"] == {"A": "b"}
 
 
 @pytest.mark.parametrize(

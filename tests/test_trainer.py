@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import LORA, MODEL, assert_same, figures, losses, trainable
+from conftest import LORA, MODEL, assert_same, done, figures, losses, trainable
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForCausalLM
@@ -165,8 +165,7 @@ def test_nan_loss_in_the_middle_of_a_run(make_trainer):
             self.before.append((trainable(self), learned))
             super()._nspo2_before_step()
 
-    trainer = make_trainer(Sick)
-    trainer.train()
+    trainer = done(make_trainer(Sick))
     assert figures(trainer, "skipped_steps") == [0, 0, 0, 0, 1, 1, 1, 1]
     (weights, learned), (same, unchanged), (other, _) = trainer.before[4:7]
     assert_same(weights, same)  # the step did nothing
