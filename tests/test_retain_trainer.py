@@ -105,9 +105,7 @@ def test_a_trained_adapter_is_kept_as_it_was(make_trainer, tmp_path):
     "texts, options, words",
     [
         ([""], {}, "`nspo2_retain_dataset` is empty"),
-        (["a"], {}, "no text is longer than the first 4 tokens"),
         (sentences(200), {"nspo2_retain_rank": 200}, "would take all .* directions of an input away: set it to"),
-        (SHORT[:1], {"nspo2_retain_rank": 30}, "too few for `rank` 30"),
         (sentences(), {"nspo2_retain_kl": -1}, "`nspo2_retain_kl` must be a number of at least 0"),
     ],
 )
@@ -194,15 +192,7 @@ def test_gradient_checkpointing_changes_nothing(make_trainer):
     assert_same(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize(
-    ("lora", "words"),
-    [
-        ({"use_dora": True}, "DoRA's magnitude (21)"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save (7)"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on embeddings (1)"),
-        ({}, None),
-    ],
-)
+@pytest.mark.parametrize(("lora", "words"), [({"use_dora": True}, "DoRA's magnitude (21)"), ({}, None)])
 def test_what_the_projection_does_not_reach_is_said_once(make_trainer, caplog, lora, words):
     make_trainer(lora=LINEAR | lora, trainer={"retain_dataset": sentences()}, max_steps=2)
     said = [record.getMessage() for record in caplog.records if "does not reach" in record.getMessage()]
