@@ -39,7 +39,7 @@ class RetainConfig:
         "no",
         help="`after`: at the end of training, take the directions that retained texts use out of each `lora_A`; the "
         "adapter as it was is kept in `unprojected/`. `during`: train in their null space, which is exact at each "
-        "step, but learns less. `no`: neither.",
+        "step, but learns less than without. `no`: neither.",
     )
     rank: int = whole(12, "Directions taken out of each input; few are best.", least=1)
     scale: float = option(
