@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from nspo2_trl.training.retain import retained_texts
 from nspo2_trl.training.self_texts import SELF, self_texts
 
 from . import ROOT
+from .judge import quickstart
 
 GIVEN_CHUNKS = 160
 MODULES = ["heapq", "textwrap", "calendar", "csv", "shlex", "fractions", "bisect", "cmd"]
@@ -109,18 +109,14 @@ def domains(
 
 def right_sums(model: Any, tokenizer: Any, texts: list[list[int]]) -> float:
     """Share of sums that the model does right; see recipes/quickstart/sums.py."""
-    sys.path.insert(0, str(ROOT / "recipes/quickstart"))
-    from sums import right
-
-    return right(model, tokenizer, [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts])
+    sums = [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts]
+    return quickstart()["right"](model, tokenizer, sums)
 
 
 def gold(model: Any, tokenizer: Any, prompts: list[str]) -> float:
     """Mean gold score of one fresh answer to each prompt, of those that end; see recipes/quickstart/build.py."""
-    sys.path.insert(0, str(ROOT / "recipes/quickstart"))
-    from build import gold_score, sample
-
+    made = quickstart()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        answers = sample(model, tokenizer, prompts)
-    return statistics.fmean(gold_score(answer) for answer in answers if answer is not None)
+        answers = made["sample"](model, tokenizer, prompts)
+    return statistics.fmean(made["gold_score"](answer) for answer in answers if answer is not None)
