@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +226,24 @@ def test_finished_cells_are_skipped_and_missing_ones_made_again(study):
     assert again[0]["loss"] == pytest.approx(rows[0]["loss"], abs=1e-6)
     with pytest.raises(SystemExit, match="--steps 5"):
         retain.run([*argv, "--steps", "6"])
+
+
+def test_settings_of_before_an_option_are_others(tmp_path):
+    options = retain.parse(["--output_dir", str(tmp_path)])
+    retain.check_settings(options)
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    del kept["judge"]
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match="has runs with --judge None: choose another folder"):
+        retain.check_settings(options)
+
+
+def test_pairs_may_have_their_prompts_in_the_answers(tmp_path):
+    rows = [{"chosen": f"Finn saw a cat. He ran {i}.", "rejected": f"Finn saw a cat. He cried {i}."} for i in range(4)]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", rows)
+    meter = retain.Meter(retain.parse(["--pairs", str(tmp_path), "--chunks", "2"]), [])
+    assert sum(len(batch["input_ids"]) for batch in meter.pairs) == 8
 
 
 def test_a_page_is_made_of_the_raw_file_alone(study, tmp_path):

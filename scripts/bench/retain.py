@@ -119,7 +119,7 @@ class Meter:
         some = splits["train"].select(range(min(GIVEN_CHUNKS, len(splits["train"]))))
         known = [cut(pair) for pair in tokenize_pairs(some, self.tokenizer)]
         self.known = [pair["prompt_ids"] + pair["chosen_ids"] for pair in known]
-        self.prompts = held["prompt"]
+        self.prompts = held["prompt"] if options.judge == "gold" else []
         self.pairs = pair_batches(pairs, self.tokenizer.pad_token_id or 0)
         self.domains = domains(options.retain, options.measure, self.tokenizer, CHUNK, options.chunks)
         self.texts = {name: retained_batches(ids, self.tokenizer) for name, ids in self.domains.items()}
@@ -187,11 +187,10 @@ def run(argv: list[str]) -> int:
 
 def check_settings(options: argparse.Namespace) -> None:
     """Raises `SystemExit` where `--output_dir` has cells of other settings."""
-    same = ("model", "pairs", "retain", "measure", "trainer", "judge")
-    same += ("learning_rate", "steps", "scales", "held_out", "chunks")
+    same = "model pairs retain measure trainer judge learning_rate steps scales held_out chunks".split()
     mine, path = {name: getattr(options, name) for name in same}, options.output_dir / "settings.json"
     there = json.loads(path.read_text()) if path.exists() else mine
     if there != mine:
-        other = ", ".join(f"--{name} {there[name]}" for name in same if there[name] != mine[name])
+        other = ", ".join(f"--{name} {there.get(name)}" for name in same if there.get(name) != mine[name])
         raise SystemExit(f"error: `--output_dir` {options.output_dir} has runs with {other}: choose another folder.")
     path.write_text(json.dumps(mine))

@@ -201,7 +201,7 @@ def read(path: Path) -> tuple[dict, list[Row]]:
 def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
     """All runs and lots in `output_dir` into RAW/retain-NAME.jsonl.gz, shown as a table and drawn."""
     about = json.loads((output_dir / "settings.json").read_text())
-    kept = {name: about[name] for name in ("trainer", "judge")}
+    kept = {option: about[option] for option in ("trainer", "judge")}
     about = kept | {key: value for key, value in about.items() if not isinstance(value, (str, list))}  # without paths
     about["runs"] = [
         {"adapter": path.parent.name} | json.loads(path.read_text())
