@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-from bench import retain, retain_about, retain_judge, retain_page, retain_texts, retain_trainers
+from bench import retain, retain_about, retain_gain, retain_judge, retain_page, retain_texts, retain_trainers
 
 from nspo2_trl.projections.retain.collect import InputSpace
 
@@ -151,19 +151,19 @@ TEXTS = ROOT / "recipes/quickstart/texts"
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("retain")
     small = "--seeds 0 --steps 5 --learning_rate 4e-3 --ranks 3 --scales 1.2 --held_out 6 --chunks 8 --name tiny"
-    methods = ["--methods", "kl2", "replay0.5", "frozen-a"]
+    methods = ["--methods", "kl2", "replay0.5", "frozen-a", "--texts", "2"]
     texts = ["--retain", str(TEXTS / "sums.jsonl.gz"), "--measure", f"sums={TEXTS / 'sums_test.jsonl.gz'}"]
     argv = [*small.split(), *methods, *texts, "--output_dir", str(folder)]
     assert retain.run(argv) == 0
     return argv, folder
 
 
-def test_a_study_has_all_rows_table_and_picture(study, capsys):
+def test_a_study_has_all_rows_table_and_pictures(study, tmp_path, capsys):
     argv, folder = study
     about, rows = retain_judge.read(folder / "retain-tiny.jsonl.gz")
-    assert len(rows) == 4 * len(retain.ALONE) + 2 + 3 and (folder / "retain.png").stat().st_size > 1000
+    assert len(rows) == 4 * len(retain.ALONE) + 2 + 4 and (folder / "retain.png").stat().st_size > 1000
     projected = {(r["method"], r["rank"], r["control"]) for r in rows if r["rank"]}
-    assert projected == {("kl2", 3, ""), ("plain", 3, ""), *(("plain", 3, control) for control in retain.CONTROLS)}
+    assert projected == {("kl2", 3, ""), ("plain", 3, ""), *(("plain", 3, c) for c in (*retain.CONTROLS, "texts0002"))}
     assert all(r["retained"]["sums"]["kl"] > 0 and 0 <= r["right"] <= 1 for r in rows)
     runs = {run["adapter"].removesuffix("-s0"): run for run in about["runs"]}
     assert all(run["losses"][0] == pytest.approx(math.log(2)) for name, run in runs.items() if name == "plain")
@@ -172,6 +172,8 @@ def test_a_study_has_all_rows_table_and_picture(study, capsys):
     words = retain_about.words(about)
     assert "5 steps of 12 pairs at rate 0.004" in words and "KL term takes" in words
     assert re.search(r"share of plain's .*: in the null space, A as it starts \d\.\d\d; KL term, weight 2 \d", words)
+    lines, (path,) = retain_gain.section(folder, tmp_path)
+    assert path.stat().st_size > 1000 and "### More texts, more time: tiny" in lines and about["seconds_of_k"] > 0
     retain_judge.show(rows, "tiny")
     assert "only scaled" in capsys.readouterr().out
 
@@ -196,6 +198,32 @@ def test_cost_is_paired_by_seed_and_without_runs_that_were_cut_off():
     words = retain_about.times([{"adapter": name, "seconds": value} for name, value in seconds.items()])
     assert words.endswith("(median over seeds): KL term, weight 2 1.25.")
     assert retain_about.times([{"adapter": "plain-s0", "seconds": 1.0}]) == ""
+
+
+def test_gain_against_texts_and_time():
+    rows = [*frontier(0), *frontier(1)]
+    for seed in (0, 1):
+        rows += [
+            row(seed=seed, rank=3, loss=0.6, kl=f * math.exp(-6), control=f"texts{n:04}")
+            for n, f in ((8, 0.2), (64, 0.1))
+        ]
+        rows += [
+            row("kl2", seed=seed, scale=s, loss=loss, kl=0.5 * math.exp(-10 * loss))
+            for s, loss in ((1, 0.3), (0.5, 0.6))
+        ]
+        rows += [
+            row(seed=seed, rank=3, scale=s, loss=loss, kl=0.1 * math.exp(-10 * loss))
+            for s, loss in ((1, 0.3), (0.5, 0.6))
+        ]
+    texts = retain_gain.by_texts(rows, "prose")
+    assert [n for n, _ in texts] == [8, 64]
+    assert [values for _, values in texts] == [pytest.approx([math.log(f)] * 2) for f in (0.2, 0.1)]
+    seconds = {"plain-s0": 10.0, "plain-s1": 20.0, "kl2-s0": 12.0, "kl2-s1": 28.0}
+    about = {"runs": [{"adapter": name, "seconds": value} for name, value in seconds.items()], "seconds_of_k": 5.0}
+    found = {name: (time, values) for name, time, values in retain_gain.by_time(about, rows, "prose")}
+    assert found["plain"] == (1.0, [0.0])
+    assert found["KL term, weight 2"] == (pytest.approx(1.3), pytest.approx([math.log(0.5)] * 2))
+    assert found["plain, 3 directions"] == (pytest.approx(1.375), pytest.approx([math.log(0.1)] * 2))
 
 
 def test_judged_by_the_gold_score(tmp_path):

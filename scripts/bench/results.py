@@ -6,7 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
-from . import gauge, pictures, retain_page, variance_tables
+from . import gauge, pictures, retain_gain, retain_page, variance_tables
 from .grid import read
 from .methods import WORDS
 from .stats import interval
@@ -109,7 +109,9 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         "for `stories` see [reproducing.md](reproducing.md)."
     )
     forgotten, drawn = retain_page.section(raw, docs)
-    lines = [*forgotten, "## The four claims", "", about, ""]
+    gained, more = retain_gain.section(raw, docs)
+    paths += [*drawn, *more]
+    lines = [*forgotten, *gained, "## The four claims", "", about, ""]
     lines += claims(rows_today or rows_of, overhead, TODAY if rows_today else "keep")
     if parts:
         lines += ["## What a filter does to the gradient", "", variance_tables.READING, *parts]
@@ -117,4 +119,4 @@ def write(raw: Path, overhead: Path, docs: Path) -> list[Path]:
         lines += gauge.section(records)
     lines += ["## What it does to training", "", READING, *today, *trained]
     lines += ["", "The methods:", "", *(f"- `{name}`: {text}" for name, text in WORDS.items()), ""]
-    return [fill(docs / "results.md", "Results", lines), *paths, *drawn]
+    return [fill(docs / "results.md", "Results", lines), *paths]

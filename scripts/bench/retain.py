@@ -137,7 +137,10 @@ class Meter:
         if lot.startswith("texts"):
             learned, control = learned[: int(lot.removeprefix("texts"))], lot
         measured = next(iter(self.texts.values()))
+        first, began = not cache.exists(), time.process_time()
         spaces = input_spaces(model, adapters, learned, measured, self.tokenizer, most, cache)
+        if first and most:
+            (self.options.output_dir / retain_judge.K_TIME).write_text(json.dumps(time.process_time() - began))
         if control == "random":
             spaces = random_spaces(spaces, 1000 * (seed + 1))
         elif control == "layer":

@@ -30,14 +30,22 @@ def words(about: dict) -> str:
     return f"{text} {times(about['runs'])}".strip()
 
 
-def times(runs: Sequence[dict]) -> str:
-    """The processor time that the training of each method takes, as a share of plain's of the same seed."""
+def cost(runs: Sequence[dict], k: float = 0.0) -> dict[str, float]:
+    """The processor time of each method's training as a share of plain's of the same seed, median over seeds.
+
+    Args:
+        k: seconds that are added to each.
+    """
     seconds = {tuple(run["adapter"].rsplit("-s", 1)): run["seconds"] for run in runs if run["seconds"]}
     shares: dict[str, list[float]] = {}
     for (method, seed), own in seconds.items():
-        if method != "plain" and ("plain", seed) in seconds:
-            shares.setdefault(method, []).append(own / seconds["plain", seed])
-    if not shares:
+        if ("plain", seed) in seconds:
+            shares.setdefault(method, []).append((own + k) / seconds["plain", seed])
+    return {name: statistics.median(own) for name, own in sorted(shares.items())}
+
+
+def times(runs: Sequence[dict]) -> str:
+    found = [f"{METHODS[name].words} {share:.2f}" for name, share in cost(runs).items() if name != "plain"]
+    if not found:
         return ""
-    found = [f"{METHODS[name].words} {statistics.median(own):.2f}" for name, own in sorted(shares.items())]
     return f"Processor time of training as a share of plain's (median over seeds): {'; '.join(found)}."

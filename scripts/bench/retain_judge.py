@@ -36,6 +36,7 @@ READING = """- One line per adapter, at the scale of lowest mean held-out loss; 
 - Seeds differ in the order of the pairs and the start of LoRA, not in what is measured on.
 - Controls: as many random orthonormal directions; K of the pairs' own texts; K of the next layer's input."""
 CONTROLS = {"": "directions", "random": "random", "pairs": "of the pairs", "layer": "of another layer"}
+K_TIME = "seconds_of_k.json"
 LOTS = ("scaled", "rank", "texts", *filter(None, CONTROLS))  # names of lots begin so
 
 
@@ -203,6 +204,8 @@ def finish(output_dir: Path, raw: Path, name: str) -> list[Row]:
     about = json.loads((output_dir / "settings.json").read_text())
     kept = {option: about[option] for option in ("trainer", "judge")}
     about = kept | {key: value for key, value in about.items() if not isinstance(value, (str, list))}  # without paths
+    if (output_dir / K_TIME).exists():
+        about["seconds_of_k"] = json.loads((output_dir / K_TIME).read_text())
     about["runs"] = [
         {"adapter": path.parent.name} | json.loads(path.read_text())
         for path in sorted(output_dir.glob("*-s*/run.json"))

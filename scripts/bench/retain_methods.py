@@ -108,7 +108,7 @@ def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfi
 
 
 def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, folder: Path) -> None:
-    """One run, its adapter into `folder`, with run.json: losses, seconds, time of a step and of the KL term in it."""
+    """One run, its adapter into `folder`, with run.json: losses, processor seconds, time of a step and of the KL term in it."""
     if (folder / "run.json").exists():
         return
     method, (config_class, kind, rows, examples) = METHODS[name], TRAINERS[options.trainer]
@@ -142,8 +142,12 @@ def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, f
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     lora = LoraConfig(**(LORA | method.lora), task_type="CAUSAL_LM")
     start = folder / "start"
+    began = time.process_time()
+    if method.corda:
+        model = corda_start(model, texts, tokenizer, lora, start)
+    preparing = time.process_time() - began
     trainer = kind(
-        corda_start(model, texts, tokenizer, lora, start) if method.corda else model,
+        model,
         args=config_class(**config),
         train_dataset=rows(load(options.pairs, option="--pairs")["train"]),
         processing_class=tokenizer,
@@ -158,7 +162,7 @@ def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, f
     cut_off = get_last_checkpoint(str(folder)) if folder.exists() else None
     trainer.train(resume_from_checkpoint=cut_off)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    seconds = None if cut_off else time.process_time() - began
+    seconds = None if cut_off else preparing + time.process_time() - began
     run = {"seconds": seconds, "losses": [entry["loss"] for entry in logs]}
     for figure in ("step_time", "retain_ms", "retain_kl"):
         figures = [entry[f"nspo2/{figure}"] for entry in logs if f"nspo2/{figure}" in entry]

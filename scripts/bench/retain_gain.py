@@ -1,0 +1,83 @@
+"""What more texts and more time gain: a picture of a study that has both."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nspo2_trl.cli.plots import COLORS
+
+from .retain_about import cost
+from .retain_judge import METHODS, Row, judge, logs, read, settings
+from .retain_page import shares
+from .stats import interval
+
+READING = "Means and 95 % intervals over seeds. The time is that of training, with that of K added where it is used."
+
+
+def by_texts(rows: Sequence[Row], kind: str) -> list[tuple[int, list[float]]]:
+    """The number of texts that K is of, and the logarithms of the shares of KL on texts of a `kind`, one per seed."""
+    groups = [group for group in settings(judge(rows)) if group[0]["control"].startswith("texts")]
+    return [(int(group[0]["control"].removeprefix("texts")), logs(group, kind) or []) for group in groups]
+
+
+def by_time(about: dict, rows: Sequence[Row], kind: str) -> list[tuple[str, float, list[float]]]:
+    """Of each adapter its name, processor time as a share of plain's training, and shares as in `by_texts`.
+
+    At one loss, that of plain's adapter at scale 1. What K takes is added once to each run that is projected.
+    """
+    plain, with_k = cost(about["runs"]), cost(about["runs"], about["seconds_of_k"])
+    found = [("plain", 1.0, [0.0])]
+    for (method, rank, control), kinds in shares(rows, 1.0).items():
+        if not control and (method, rank) != ("plain", 0):
+            name = METHODS[method].words + (f", {rank} directions" if rank else "")
+            found.append((name, (with_k if rank else plain)[method], kinds[kind]))
+    return found
+
+
+def point(axis: Any, x: float, values: list[float], **style: Any) -> None:
+    middle = statistics.fmean(values)
+    low, high = interval(values) or (min(values), max(values))
+    bars = [[max(0.0, math.exp(middle) - math.exp(low))], [max(0.0, math.exp(high) - math.exp(middle))]]
+    axis.errorbar([x], [math.exp(middle)], yerr=bars, fmt="o", markersize=4, **style)
+
+
+def draw(about: dict, rows: Sequence[Row], path: Path) -> None:
+    """Left: share of plain's KL against the number of texts; right: against time, for the first kind of text."""
+    from matplotlib.figure import Figure
+
+    kinds = list(rows[0]["retained"])
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, kind in enumerate(kinds):
+        for j, (number, values) in enumerate(by_texts(rows, kind)):
+            point(left, number, values, color=COLORS[i][0], label=None if j else kind)
+    left.set_xscale("log", base=2)
+    left.set(xlabel="retained texts", ylabel="KL, share of plain's scaled to equal held-out loss")
+    left.set_title("12 directions after training, of so many texts")
+    left.legend()
+    for i, (name, time, values) in enumerate(by_time(about, rows, kinds[0])):
+        point(right, time, values, color=COLORS[i % len(COLORS)][0])
+        right.annotate(name, (time, math.exp(statistics.fmean(values))), (4, 3), textcoords="offset points", size=7)
+    right.set(xlabel="processor time of training, and of K, as a share of plain's", ylabel=f"KL on {kinds[0]}, share")
+    right.set_title("at the loss of plain's adapter at scale 1")
+    for axis in (left, right):
+        axis.set_yscale("log")
+        axis.grid(True, alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
+    """The part of the page on the studies in RAW/retain-*.jsonl.gz that timed K and varied its texts; pictures."""
+    lines, paths = [], []
+    for file in sorted(raw.glob("retain-*.jsonl.gz")):
+        (about, rows), name = read(file), file.name.removeprefix("retain-").removesuffix(".jsonl.gz")
+        if "seconds_of_k" in about and any(row["control"].startswith("texts") for row in rows):
+            paths.append(docs / f"retain_{name}_gain.png")
+            draw(about, rows, paths[-1])
+            lines += ["", f"### More texts, more time: {name}", "", f"{READING} K took {about['seconds_of_k']:.0f} s."]
+            lines += ["", f"![{name}: share of plain's KL against texts and against time]({paths[-1].name})"]
+    return [*lines, ""] if lines else [], paths
