@@ -49,6 +49,17 @@ def test_half_precision_gradients_are_filtered_in_float32():
         assert got.dtype == torch.bfloat16 and torch.equal(got, expected.bfloat16())
 
 
+def test_switched_off_it_learns_on():
+    engine, reference = NSPO2(config()), NSPO2(config())
+    for step, samples in enumerate(stream(9, 1, 1, 24)):
+        engine.set_active(step == 8)
+        got, expected = engine.hook(samples[0]), reference.hook(samples[0])
+        assert torch.equal(got, expected if step == 8 else samples[0])
+        for each in (engine, reference):
+            each.step_end()
+    assert not torch.equal(expected, samples[0]), "the reference filtered nothing"
+
+
 def test_sizes_are_checked():
     with pytest.raises(ValueError, match="`dim` is 10, but the gradient has 12 entries"):
         NSPO2(config(dim=10)).hook(torch.ones(3, 4))

@@ -1,16 +1,14 @@
-"""scripts/report.py: what stands on the page, in a browser too, and every way of asking for it wrongly."""
+"""nspo2 report: what stands on the page, in a browser too, and every way of asking for it wrongly."""
 
 import html
 import json
 import math
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from nspo2_trl.cli import report
 from nspo2_trl.cli.runs import labels, number, read, unit_of
@@ -250,12 +248,6 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "nspo2_trl.cli.plots", raising=False)
     monkeypatch.delattr("nspo2_trl.cli.plots", raising=False)
     assert 'pip install -e ".[plot]"' in refused(capsys, written(tmp_path, SMALL))
-
-
-def test_the_script(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report.py", str(written(tmp_path, SMALL))])
-    runpy.run_path(str(ROOT / "scripts/report.py"), run_name="__main__")
-    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
 
 
 # ---- in a browser ----

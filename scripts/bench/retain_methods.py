@@ -84,7 +84,7 @@ METHODS = {
     "during": Method("in the null space during training", DURING, given=True),
     "frozen-a": Method("in the null space, A as it starts", DURING, given=True, frozen_a=True),
 }
-PROJECTED = ("plain", "kl0.5", "kl2", "kl2x2", "kl8")  # whose adapters are projected after training
+PROJECTED = ("plain", "kl0.5", "kl2", "kl8")  # whose adapters are projected after training
 
 
 def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfig, folder: Path) -> Any:
@@ -108,7 +108,7 @@ def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfi
 
 
 def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, folder: Path) -> None:
-    """One run, its adapter into `folder`, with run.json: losses, processor seconds, time of a step and of the KL term in it."""
+    """One run, its adapter into `folder`, with run.json: losses, processor seconds, a step.s time, the term.s."""
     if (folder / "run.json").exists():
         return
     method, (config_class, kind, rows, examples) = METHODS[name], TRAINERS[options.trainer]
