@@ -85,13 +85,15 @@ def test_all_at_one_loss_each_on_its_own_scales():
     found = retain_page.shares(rows, 0.75)
     assert set(found) == {("plain", 0, ""), ("corda", 0, "")}  # the other does not reach the loss
     assert found["corda", 0, ""]["prose"] == pytest.approx([math.log(0.5)] * 2)
-    lines = retain_page.at_one_loss(rows)
-    ours = [line for line in lines if line.startswith("| CorDA")]  # at both losses
-    assert len(ours) == 2 and all(
-        line.startswith("| CorDA, knowledge preserved | only scaled | 2 | 0.50") for line in ours
-    )
-    assert not any(retain_page.WORSE in line for line in lines)
-    assert any(retain_page.WORSE in line for line in retain_page.at_one_loss(rows, untrained=0.45))
+    assert "at scale 1, each" in retain_page.at_one_loss(rows)[1]
+    ours = [row(rank=12, scale=s, loss=loss, kl=0.1 * math.exp(-10 * loss)) for s, loss in ((1.0, 0.45), (0.5, 0.6))]
+    rows += [one | {"seed": seed} for seed in (0, 1) for one in ours]
+    text, lines = (found := retain_page.at_one_loss(rows))[1], found[5:]
+    assert "at scale 0.75, each" in text and "its loss (0.500). With 12 directions" in text  # 0.4 is below ours
+    assert len(lines) == 2 and lines[0].startswith("| plain | 12 directions") and lines[1].startswith("| CorDA")
+    assert "| 2 | 0.10" in lines[0] and "| 2 | 0.50" in lines[1]
+    assert retain_page.WORSE not in text
+    assert retain_page.WORSE in retain_page.at_one_loss(rows, untrained=0.45)[1]
 
 
 def test_from_six_seeds_on_interval_and_p():

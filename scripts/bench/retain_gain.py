@@ -12,7 +12,7 @@ from nspo2_trl.cli.plots import COLORS
 
 from .retain_about import cost
 from .retain_judge import METHODS, Row, judge, logs, read, settings
-from .retain_page import shares
+from .retain_page import shares, studies
 from .stats import interval
 
 READING = "Means and 95 % intervals over seeds. The time is that of training, with that of K added where it is used."
@@ -73,8 +73,8 @@ def draw(about: dict, rows: Sequence[Row], path: Path) -> None:
 def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
     """The part of the page on the studies in RAW/retain-*.jsonl.gz that timed K and varied its texts; pictures."""
     lines, paths = [], []
-    for file in sorted(raw.glob("retain-*.jsonl.gz")):
-        (about, rows), name = read(file), file.name.removeprefix("retain-").removesuffix(".jsonl.gz")
+    for name, path in studies(raw):
+        about, rows = read(path)
         if "seconds_of_k" in about and any(row["control"].startswith("texts") for row in rows):
             paths.append(docs / f"retain_{name}_gain.png")
             draw(about, rows, paths[-1])

@@ -29,12 +29,15 @@ from .retain_judge import (
     taken_out,
 )
 
-TARGETS = [1.0, 0.75]  # scales of plain's adapter
+STUDIES = ["smollm2", "harmless", "french", "sums-tuned", "sums-gold"]  # shown first, in this order
+TARGETS = [1.0, 0.75, 0.6, 0.45]  # scales of plain's adapter
 ENOUGH = 0.75  # of the seeds
 UNTRAINED = math.log(2)  # preference loss before training
-AT_ONE_LOSS = f"""At one loss, that of plain's adapter at scale {{target}}: KL as a share of its, each adapter moved
-along its own scales to that loss. Left out are those whose measured scales do not enclose it for {ENOUGH:.0%} of their
-seeds, and those with one scale."""
+AT_ONE_LOSS = (
+    "KL as a share of that of plain's adapter at scale {target:g}, each adapter moved along its own scales to its "
+    "loss ({loss:.3f}).{unreached} Left out are those whose scales do not enclose it for {enough:.0%} of their seeds."
+)
+UNREACHED = " With {rank} directions the loss at larger scales is not reached."
 WORSE = "Plain's loss there is above that before training: the table says nothing about equal preference."
 
 
@@ -71,32 +74,45 @@ def judged_by_loss(about: dict) -> bool:
 
 
 def at_one_loss(rows: Sequence[Row], untrained: float | None = UNTRAINED) -> list[str]:
-    """The lines of that, for each of `TARGETS`; none where there is nothing to compare.
+    """The lines of that, at the largest of `TARGETS` that plain's projected adapters reach; none where they do not.
 
     Args:
         untrained: the loss before training, where it is known.
     """
-    kinds, lines = list(rows[0]["retained"]), []
-    for scale in TARGETS:
-        found = shares(rows, scale)
-        if len(found) < 2:
-            continue
-        lines += ["", AT_ONE_LOSS.format(target=scale)]
-        if untrained and mean([row for row in rows if is_rival(row) and row["scale"] == scale], "loss") > untrained:
-            lines[-1] += f" {WORSE}"
-        lines += ["", line(["training", "taken out", "seeds", *kinds]), "|---" * (3 + len(kinds)) + "|"]
-        for (method, rank, control), logs in found.items():
-            if (method, rank) != ("plain", 0):
-                first = [METHODS[method].words, taken_out(rank, control), str(len(logs[kinds[0]]))]
-                lines.append(line([*first, *(ratio(logs[kind]) for kind in kinds)]))
+    kinds, rank = list(rows[0]["retained"]), shown_rank(rows)
+    for target in TARGETS:
+        found = shares(rows, target)
+        if ("plain", rank, "") in found:
+            break
+    else:
+        return []
+    loss = mean([row for row in rows if is_rival(row) and row["scale"] == target], "loss")
+    unreached = "" if target == TARGETS[0] else UNREACHED.format(rank=rank)
+    lines = ["", AT_ONE_LOSS.format(target=target, loss=loss, unreached=unreached, enough=ENOUGH)]
+    if untrained and loss > untrained:
+        lines[-1] += f" {WORSE}"
+    lines += ["", line(["training", "taken out", "seeds", *kinds]), "|---" * (3 + len(kinds)) + "|"]
+    for (method, rank, control), logs in found.items():
+        if (method, rank) != ("plain", 0):
+            first = [METHODS[method].words, taken_out(rank, control), str(len(logs[kinds[0]]))]
+            lines.append(line([*first, *(ratio(logs[kind]) for kind in kinds)]))
     return lines
+
+
+def studies(raw: Path) -> list[tuple[str, Path]]:
+    """Names and raw files of the studies in a folder, in the order of the page."""
+    found = {
+        path.name.removeprefix("retain-").removesuffix(".jsonl.gz"): path for path in raw.glob("retain-*.jsonl.gz")
+    }
+    names = [name for name in STUDIES if name in found] + sorted(found.keys() - set(STUDIES))
+    return [(name, found[name]) for name in names]
 
 
 def section(raw: Path, docs: Path) -> tuple[list[str], list[Path]]:
     """The part of the page that the files RAW/retain-*.jsonl.gz make, and the pictures that are drawn for it."""
     lines, paths = [], []
-    for path in sorted(raw.glob("retain-*.jsonl.gz")):
-        (about, rows), name = read(path), path.name.removeprefix("retain-").removesuffix(".jsonl.gz")
+    for name, path in studies(raw):
+        about, rows = read(path)
         paths.append(docs / f"retain_{name}.png")
         draw(rows, paths[-1], shown_rank(rows))
         lines += [
