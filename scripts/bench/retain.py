@@ -4,7 +4,7 @@
     python scripts/benchmark.py retain --smoke
 
 Per seed a run of each method (`retain_methods`). Each adapter is then measured on held-out pairs and on several kinds
-of text, merely scaled. Plain's and those of the KL term are also projected off K of the retained texts; plain's, at
+of text, merely scaled. Those of some methods (`PROJECTED`) are also projected off K of the retained texts; plain's, at
 the first rank, also off random K, K of the pairs, and K of another layer, as controls. `retain_judge` makes figures of
 the rows. Finished runs and lots are skipped: stop it when you like, the same command goes on.
 """

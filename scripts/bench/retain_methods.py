@@ -84,7 +84,7 @@ METHODS = {
     "during": Method("in the null space during training", DURING, given=True),
     "frozen-a": Method("in the null space, A as it starts", DURING, given=True, frozen_a=True),
 }
-PROJECTED = ("plain", "kl0.5", "kl2", "kl8")  # whose adapters are projected after training
+PROJECTED = ("plain", "kl0.5", "kl2", "kl8", "corda0.4")  # their adapters are projected too
 
 
 def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfig, folder: Path) -> Any:
