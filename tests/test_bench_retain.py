@@ -211,11 +211,11 @@ def test_gain_against_texts_and_time():
         ]
         rows += [
             row("kl2", seed=seed, scale=s, loss=loss, kl=0.5 * math.exp(-10 * loss))
-            for s, loss in ((1, 0.3), (0.5, 0.6))
+            for s, loss in ((1, 0.4), (0.5, 0.6))
         ]
         rows += [
             row(seed=seed, rank=3, scale=s, loss=loss, kl=0.1 * math.exp(-10 * loss))
-            for s, loss in ((1, 0.3), (0.5, 0.6))
+            for s, loss in ((1, 0.4), (0.5, 0.6))
         ]
     texts = retain_gain.by_texts(rows, "prose")
     assert [n for n, _ in texts] == [8, 64]

@@ -134,6 +134,25 @@ def test_other_adapters_are_refused(make, message):
         retain_adapter(make(), sentences(), tokenizer())
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_holds_a_part_of_the_base_is_refused_until_it_is_converted(start, tmp_path):
+    """The base without such an adapter is not the model as it was."""
+    lora = LoraConfig(**ALL_LINEAR, init_lora_weights=start)
+    model = get_peft_model(quick_start().float(), lora)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    for name, param in model.named_parameters():
+        if ".lora_B." in name:
+            param.data += 0.01 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="part of the base .* `path_initial_model_for_weight_conversion`"):
+        retain_adapter(model, sentences(), tokenizer())
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    plain = PeftModel.from_pretrained(quick_start().float(), tmp_path / "plain")
+    figures = retain_adapter(plain, sentences(), tokenizer())
+    assert 0 <= figures["kl"] < 0.5 * figures["before"]["kl"] < 1
+
+
 def test_a_merged_adapter_and_an_unknown_name_are_refused():
     model = adapted()
     with pytest.raises(ValueError, match="`adapter_name` is 'mine', but the model has 'default'"):

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import assert_same, done, figures, losses, trainable, write
+from conftest import MODEL, assert_same, done, figures, losses, trainable, write
+from peft import PeftModel
 from retained import SHORT, sentences, tokenizer
 from test_scripts import command
+from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 from nspo2_trl.cli import train
@@ -208,3 +210,23 @@ def test_a_trained_adapter_is_refused_where_it_is_sharded(make_trainer, monkeypa
     monkeypatch.setitem(trainer.accelerator.state.__dict__, "distributed_type", DistributedType[kind])
     with pytest.raises(ValueError, match="an adapter that was trained before .* launch with DDP"):
         trainer._nspo2_setup(sentences())
+
+
+@pytest.mark.parametrize("project", ["after", "during"])
+@pytest.mark.parametrize("start", ["pissa", "trained"])
+def test_an_adapter_that_already_does_something_is_not_projected(make_trainer, tmp_path, start, project):
+    """Projected, it would lose what it did before, which is what shall be kept. The KL term keeps it."""
+    done(make_trainer(lora=LINEAR, max_steps=4)).save_model(tmp_path / "trained")
+
+    def make_with(project):
+        own = {"lora": LINEAR | {"init_lora_weights": "pissa"}}
+        if start == "trained":
+            base = AutoModelForCausalLM.from_pretrained(MODEL)
+            own = {"model": PeftModel.from_pretrained(base, tmp_path / "trained", is_trainable=True)}
+        options = {"max_steps": 3, "learning_rate": 1e-5, "nspo2_retain_project": project}
+        return make_trainer(**own, **options, trainer={"retain_dataset": sentences()})
+
+    with pytest.raises(ValueError, match="`nspo2_retain_project` .* Merge it .* 'no', which leaves the KL term"):
+        make_with(project)
+    kept = done(make_with("no"))
+    assert figures(kept, "retain_kl") and abs(kept.nspo2_retained.measure()["kl"]) < 1e-3

@@ -86,9 +86,19 @@ def retain_adapter(
     }
 
 
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # values of PEFT's `init_lora_weights`
+
+
 def sound_adapters(model: PeftModel, adapter_name: str) -> list[InputAdapter]:
-    """See [`input_adapters`]; raises `ValueError` where the adapter has NaN or Inf too."""
+    """See [`input_adapters`]; `ValueError` for NaN or Inf too, and where the adapter's start changed the base."""
     found = input_adapters(model, adapter_name)
+    start = getattr(model.peft_config[adapter_name], "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"The adapter {adapter_name!r} has `init_lora_weights={start!r}`, which takes a part of the base model's "
+            "weights into the adapter, and the projection would remove it. Convert it to a plain adapter: save it "
+            "with `path_initial_model_for_weight_conversion`, the folder of the adapter before training."
+        )
     own = (param for name, param in model.named_parameters() if f".{adapter_name}." in name and "lora_" in name)
     if not all(torch.isfinite(param).all() for param in own):
         raise ValueError(f"The adapter {adapter_name!r} has NaN or Inf in its weights: its training diverged.")

@@ -61,6 +61,12 @@ class RetainMixin(_BaseTrainer):
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if args.nspo2_enabled and config.project == "during" and deepspeed:
             raise ValueError("`nspo2_retain_project='during'` does not work with DeepSpeed: set it to 'after'.")
+        if args.nspo2_enabled and config.project != "no" and adds(model):
+            raise ValueError(
+                "`nspo2_retain_project` would take away what the adapter already does on the retained texts: it was "
+                "trained before, or starts as PiSSA, OLoRA or CorDA do. Merge it into the base model and train a new "
+                "one, or set `nspo2_retain_project` to 'no', which leaves the KL term."
+            )
         if args.nspo2_enabled and config.project != "no":
             input_adapters(model, model.active_adapters[0])  # refuses other kinds, before texts are read
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)

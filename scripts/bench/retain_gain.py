@@ -11,8 +11,8 @@ from typing import Any
 from nspo2_trl.cli.plots import COLORS
 
 from .retain_about import cost
-from .retain_judge import METHODS, Row, judge, logs, read, settings
-from .retain_page import shares, studies
+from .retain_judge import METHODS, Row, is_rival, judge, logs, lowest_loss, read, settings
+from .retain_page import studies
 from .stats import interval
 
 READING = "Means and 95 % intervals over seeds. The time is that of training, with that of K added where it is used."
@@ -27,22 +27,23 @@ def by_texts(rows: Sequence[Row], kind: str) -> list[tuple[int, list[float]]]:
 def by_time(about: dict, rows: Sequence[Row], kind: str) -> list[tuple[str, float, list[float]]]:
     """Of each adapter its name, processor time as a share of plain's training, and shares as in `by_texts`.
 
-    At one loss, that of plain's adapter at scale 1. What K takes is added once to each run that is projected.
+    At the scale of lowest held-out loss, where plain has a scale of that loss. K's time is added where it is used.
     """
     plain, with_k = cost(about["runs"]), cost(about["runs"], about["seconds_of_k"])
-    found = [("plain", 1.0, [0.0])]
-    for (method, rank, control), kinds in shares(rows, 1.0).items():
-        if not control and (method, rank) != ("plain", 0):
+    found = []
+    for group in lowest_loss(settings(judge(rows))):
+        method, rank = group[0]["method"], group[0]["rank"]
+        if not group[0]["control"] and (values := logs(group, kind)):
             name = METHODS[method].words + (f", {rank} directions" if rank else "")
-            found.append((name, (with_k if rank else plain)[method], kinds[kind]))
+            found.append((name, (with_k if rank else plain)[method], [0.0] if is_rival(group[0]) else values))
     return found
 
 
-def point(axis: Any, x: float, values: list[float], **style: Any) -> None:
+def point(axis: Any, x: float, values: list[float], marker: str = "o", **style: Any) -> None:
     middle = statistics.fmean(values)
     low, high = interval(values) or (min(values), max(values))
     bars = [[max(0.0, math.exp(middle) - math.exp(low))], [max(0.0, math.exp(high) - math.exp(middle))]]
-    axis.errorbar([x], [math.exp(middle)], yerr=bars, fmt="o", markersize=4, **style)
+    axis.errorbar([x], [math.exp(middle)], yerr=bars, fmt=marker, markersize=5, **style)
 
 
 def draw(about: dict, rows: Sequence[Row], path: Path) -> None:
@@ -56,14 +57,15 @@ def draw(about: dict, rows: Sequence[Row], path: Path) -> None:
         for j, (number, values) in enumerate(by_texts(rows, kind)):
             point(left, number, values, color=COLORS[i][0], label=None if j else kind)
     left.set_xscale("log", base=2)
-    left.set(xlabel="retained texts", ylabel="KL, share of plain's scaled to equal held-out loss")
+    left.set(xlabel="retained texts", ylabel="KL, share of plain's at equal held-out loss")
     left.set_title("12 directions after training, of so many texts")
     left.legend()
     for i, (name, time, values) in enumerate(by_time(about, rows, kinds[0])):
-        point(right, time, values, color=COLORS[i % len(COLORS)][0])
-        right.annotate(name, (time, math.exp(statistics.fmean(values))), (4, 3), textcoords="offset points", size=7)
+        color, marker = COLORS[i % len(COLORS)][0], "osD^v"[i // len(COLORS)]
+        point(right, time, values, color=color, marker=marker, label=name)
     right.set(xlabel="processor time of training, and of K, as a share of plain's", ylabel=f"KL on {kinds[0]}, share")
-    right.set_title("at the loss of plain's adapter at scale 1")
+    right.set_title("each at the scale of lowest held-out loss")
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in (left, right):
         axis.set_yscale("log")
         axis.grid(True, alpha=0.3)

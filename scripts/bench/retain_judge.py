@@ -126,9 +126,13 @@ def ratio(values: Sequence[float]) -> str:
     p = p_value(values)
     middle = statistics.median(values) if p is None else statistics.fmean(values)
     low, high = (None if p is None else interval(values)) or (min(values), max(values))
-    text = f"{math.exp(middle):.2f}"
-    text += f" [{math.exp(low):.2f}, {math.exp(high):.2f}]" if len(values) > 1 else ""
+    text = short(middle) + (f" [{short(low)}, {short(high)}]" if len(values) > 1 else "")
     return text if p is None else f"{text}, p {p:.3f}"
+
+
+def short(log: float) -> str:
+    found = math.exp(log)
+    return f"{found:.2f}" if found >= 0.01 else f"{found:.1g}"
 
 
 def compare(groups: Sequence[list[Row]]) -> list[str]:
@@ -168,27 +172,33 @@ def show(rows: Sequence[Row], title: str) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
-    """One panel a kind of text, a line an adapter and seed: held-out loss against KL, scaled and projected."""
+    """One panel a kind of text, a line an adapter: held-out loss against KL; seeds faint, controls as crosses."""
     from matplotlib.figure import Figure
 
     kinds = list(rows[0]["retained"])
     figure = Figure(figsize=(4.2 * len(kinds), 4), layout="constrained")
+    shown = [group for group in settings(rows) if group[0]["rank"] in (0, rank) and group[0]["method"] in PROJECTED]
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        lines: dict[str, dict[int, list[Row]]] = {}
-        for row in rows:
-            if row["rank"] in (0, rank) and row["method"] in PROJECTED:
-                label = ", ".join(cells([row | {"share": {}}])[:2])
-                lines.setdefault(label, {}).setdefault(row["seed"], []).append(row)
-        for i, (label, seeds) in enumerate(sorted(lines.items(), key=lambda item: "plain" not in item[0])):
-            color, _ = COLORS[i % len(COLORS)]
-            for own in seeds.values():
-                own = sorted(own, key=lambda row: row["scale"])
-                kl, loss = [row["retained"][kind]["kl"] for row in own], [row["loss"] for row in own]
-                axis.plot(kl, loss, "o-", color=color, markersize=3, linewidth=1, label=label)
-                label = None  # once in the legend
+        lines: dict[str, list[tuple[float, float, dict[int, tuple[float, float]]]]] = {}
+        for group in shown:
+            seeds = {row["seed"]: (row["retained"][kind]["kl"], row["loss"]) for row in group}
+            label = f"{METHODS[group[0]['method']].words}, {taken_out(group[0]['rank'], group[0]['control'])}"
+            middle = statistics.geometric_mean(kl for kl, _ in seeds.values())
+            lines.setdefault(label, []).append((middle, mean(group, "loss"), seeds))
+        curves = {label: points for label, points in lines.items() if len(points) > 1}
+        for (label, points), (color, _) in zip(curves.items(), COLORS):
+            for seed in points[0][2]:
+                own = [seeds[seed] for _, _, seeds in points if seed in seeds]
+                axis.plot(*zip(*own), "-", color=color, linewidth=0.6, alpha=0.3)
+            axis.plot(
+                *zip(*[point[:2] for point in points]), "o-", color=color, markersize=3, linewidth=1.8, label=label
+            )
+        controls = [(label, points[0]) for label, points in lines.items() if len(points) == 1 and "texts" not in label]
+        for (label, point), marker in zip(controls, "x+1234"):
+            axis.plot(*point[:2], marker, color="black", label=label)
         axis.set(xscale="log", xlabel=f"KL, nats per token: {kind}", title=kind)
     figure.axes[0].set_ylabel("held-out preference loss")
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
