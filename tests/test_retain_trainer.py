@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import MODEL, assert_same, done, figures, losses, trainable, write
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from retained import SHORT, sentences, tokenizer
 from test_scripts import command
 from transformers import AutoModelForCausalLM
@@ -230,3 +230,12 @@ def test_an_adapter_that_already_does_something_is_not_projected(make_trainer, t
         make_with(project)
     kept = done(make_with("no"))
     assert figures(kept, "retain_kl") and abs(kept.nspo2_retained.measure()["kl"]) < 1e-3
+
+
+def test_adapters_on_top_of_each_other_are_refused(make_trainer):
+    """Without them all, the model is not the one that shall be kept."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LINEAR))
+    model.add_adapter("second", LoraConfig(**LINEAR))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="active adapters default, second: leave the one .* merge the others"):
+        make_trainer(model=model, trainer={"retain_dataset": sentences()})

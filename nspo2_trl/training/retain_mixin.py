@@ -53,6 +53,11 @@ class RetainMixin(_BaseTrainer):
                 "`nspo2_retain_dataset` needs a LoRA adapter, whose base is the frozen model: pass `peft_config` "
                 "(in a recipe `use_peft: true`)."
             )
+        if len(model.active_adapters) > 1:
+            raise ValueError(
+                f"`nspo2_retain_dataset` with the active adapters {', '.join(model.active_adapters)}: leave the one "
+                "that is trained, and merge the others into the base model."
+            )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and adds(model):
             raise ValueError(
                 "`nspo2_retain_dataset` with an adapter that was trained before needs the adapter as it was on each "
