@@ -89,11 +89,24 @@ def test_all_at_one_loss_each_on_its_own_scales():
     ours = [row(rank=12, scale=s, loss=loss, kl=0.1 * math.exp(-10 * loss)) for s, loss in ((1.0, 0.45), (0.5, 0.6))]
     rows += [one | {"seed": seed} for seed in (0, 1) for one in ours]
     text, lines = (found := retain_page.at_one_loss(rows))[1], found[5:]
-    assert "at scale 0.75, each" in text and "its loss (0.500). With 12 directions" in text  # 0.4 is below ours
+    assert "at scale 0.75, each" in text and "to its loss (0.500). With 12 directions" in text  # 0.4 is below ours
     assert len(lines) == 2 and lines[0].startswith("| plain | 12 directions") and lines[1].startswith("| CorDA")
     assert "| 2 | 0.10" in lines[0] and "| 2 | 0.50" in lines[1]
     assert retain_page.WORSE not in text
     assert retain_page.WORSE in retain_page.at_one_loss(rows, untrained=0.45)[1]
+
+
+def test_scales_beyond_the_lowest_loss_do_not_count():
+    """A larger scale that both learns less and forgets more is no way to reach a loss."""
+    over = [
+        row("corda", scale=s, loss=loss, kl=kl) for s, loss, kl in ((0.5, 0.45, 0.001), (1.0, 0.4, 0.1), (1.5, 0.6, 9))
+    ]
+    assert set(retain_page.shares([*frontier(), *over], 0.7)) == {("plain", 0, "")}  # 0.5: on the way up again alone
+    more = [*over, row("corda", scale=0.3, loss=0.55, kl=0.001)]
+    found = retain_page.shares([*frontier(), *more], 0.7)
+    assert found["corda", 0, ""]["prose"] == pytest.approx([math.log(0.001) + 5])
+    bent = [*frontier(), row(scale=1.5, loss=0.5, kl=9.0)]  # plain's own
+    assert retain_page.shares(bent, 1.5)["plain", 0, ""]["prose"] == [0.0]
 
 
 def test_from_six_seeds_on_interval_and_p():

@@ -34,36 +34,41 @@ TARGETS = [1.0, 0.75, 0.6, 0.45]  # scales of plain's adapter
 ENOUGH = 0.75  # of the seeds
 UNTRAINED = math.log(2)  # preference loss before training
 AT_ONE_LOSS = (
-    "KL as a share of that of plain's adapter at scale {target:g}, each adapter moved along its own scales to its "
-    "loss ({loss:.3f}).{unreached} Left out are those whose scales do not enclose it for {enough:.0%} of their seeds."
+    "KL as a share of that of plain's adapter at scale {target:g}, each adapter moved along its own scales, up to "
+    "that of lowest loss, to its loss ({loss:.3f}).{unreached} Left out are those whose scales do not enclose it for "
+    "{enough:.0%} of their seeds."
 )
 UNREACHED = " With {rank} directions the loss at larger scales is not reached."
 WORSE = "Plain's loss there is above that before training: the table says nothing about equal preference."
 
 
+def falling(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one adapter up to the scale of lowest loss; beyond it a larger scale learns less and forgets more."""
+    best = min(rows, key=lambda row: row["loss"])
+    return [row | {"rank": 0} for row in rows if row["scale"] <= best["scale"]]
+
+
 def shares(rows: Sequence[Row], scale: float) -> dict[tuple, dict[str, list[float]]]:
     """By method, rank and control: per kind of text the logarithm of the share, one per seed; lowest first.
 
-    Each adapter is moved along its own scales to one loss, plain's at a `scale`, so that a method which learns
-    faster is not judged at a loss that plain does not reach.
+    Each adapter is moved along its own scales, up to that of lowest loss, to one loss: plain's at a `scale`. So a
+    method which learns faster is not judged at a loss that plain does not reach.
     """
     groups: dict[tuple, dict[int, list[Row]]] = {}
     for row in rows:
         key = row["method"], row["rank"], row["control"]
         groups.setdefault(key, {}).setdefault(row["seed"], []).append(row)
-    target = {row["seed"]: row for row in rows if is_rival(row) and row["scale"] == scale}
-    found = {}
+    target = {row["seed"]: row["loss"] for row in rows if is_rival(row) and row["scale"] == scale}
+    kinds, found = list(rows[0]["retained"]), {}
     for key, seeds in groups.items():
-        logs: dict[str, list[float]] = {}
+        logs: dict[str, list[float]] = {kind: [] for kind in kinds}
         for seed, own in seeds.items():
-            if len(own) < 2 or seed not in target:
-                continue
-            for kind, figures in target[seed]["retained"].items():
-                kl = scaled_kl([row | {"rank": 0} for row in own], kind, target[seed]["loss"])
-                if kl:
-                    logs.setdefault(kind, []).append(math.log(kl / figures["kl"]))
-        kinds = target[next(iter(target))]["retained"] if target else {}
-        if logs and all(len(logs.get(kind, [])) >= ENOUGH * len(seeds) for kind in kinds):
+            for kind in kinds if seed in target else ():
+                plain = scaled_kl(falling(groups["plain", 0, ""][seed]), kind, target[seed])
+                kl = scaled_kl(falling(own), kind, target[seed])
+                if kl and plain:
+                    logs[kind].append(math.log(kl / plain))
+        if all(len(values) >= max(1, ENOUGH * len(seeds)) for values in logs.values()):
             found[key] = logs
     return dict(sorted(found.items(), key=lambda item: sum(map(sum, item[1].values())) / len(item[1])))
 
