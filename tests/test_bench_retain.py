@@ -105,8 +105,25 @@ def test_scales_beyond_the_lowest_loss_do_not_count():
     more = [*over, row("corda", scale=0.3, loss=0.55, kl=0.001)]
     found = retain_page.shares([*frontier(), *more], 0.7)
     assert found["corda", 0, ""]["prose"] == pytest.approx([math.log(0.001) + 5])
-    bent = [*frontier(), row(scale=1.5, loss=0.5, kl=9.0)]  # plain's own
+    bent = [*frontier(), row(scale=1.5, loss=0.8, kl=9.0)]  # plain's own
+    assert retain_judge.kl_at(bent, "prose", 0.75) is None
+    bent[-1]["loss"] = 0.5
     assert retain_page.shares(bent, 1.5)["plain", 0, ""]["prose"] == [0.0]
+
+
+def test_a_line_has_a_share_where_most_of_its_seeds_do():
+    rows = [one for seed in range(4) for one in frontier(seed)]
+    for missing, expected in ((1, "0.30 [0.30, 0.30] (3 seeds)"), (2, "-")):
+        losses = [0.9] * missing + [0.6] * (4 - missing)  # 0.9: above plain's
+        ours = [row(seed=s, rank=12, loss=loss, kl=0.3 * math.exp(-6)) for s, loss in enumerate(losses)]
+        group = next(g for g in retain_judge.settings(retain_judge.judge([*rows, *ours])) if g[0]["rank"])
+        assert retain_judge.cells(group)[-1].endswith(f", {expected}")
+
+
+def test_the_picture_takes_a_kl_of_zero(tmp_path):
+    rows = [row(scale=s, loss=loss, kl=kl) for s, loss, kl in ((1.0, 0.4, 0.1), (0.5, 0.5, 0.0))]
+    retain_judge.draw(rows, tmp_path / "drawn.png", 12)
+    assert (tmp_path / "drawn.png").stat().st_size > 1000
 
 
 def test_from_six_seeds_on_interval_and_p():

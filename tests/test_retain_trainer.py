@@ -12,7 +12,9 @@ from test_scripts import command
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
+from nspo2_trl import attach_nspo2
 from nspo2_trl.cli import train
+from nspo2_trl.retain_config import RetainConfig
 
 LINEAR = {"target_modules": "all-linear"}
 EVAL = {"eval_strategy": "steps", "eval_steps": 4}
@@ -203,7 +205,7 @@ def test_what_the_projection_does_not_reach_is_said_once(make_trainer, caplog, l
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_trained_adapter_is_refused_where_it_is_sharded(make_trainer, monkeypatch, kind):
-    trainer = make_trainer(lora=LINEAR)
+    trainer = make_trainer(lora=LINEAR, nspo2_retain_project="no")
     for name, param in trainer.model.named_parameters():
         if "lora_B" in name:
             param.data.fill_(0.1)
@@ -226,7 +228,7 @@ def test_an_adapter_that_already_does_something_is_not_projected(make_trainer, t
         options = {"max_steps": 3, "learning_rate": 1e-5, "nspo2_retain_project": project}
         return make_trainer(**own, **options, trainer={"retain_dataset": sentences()})
 
-    with pytest.raises(ValueError, match="`nspo2_retain_project` .* Merge it .* 'no', which leaves the KL term"):
+    with pytest.raises(ValueError, match="`nspo2_retain_project` .* merge it .* 'no', which leaves the KL term"):
         make_with(project)
     kept = done(make_with("no"))
     assert figures(kept, "retain_kl") and abs(kept.nspo2_retained.measure()["kl"]) < 1e-3
@@ -239,3 +241,42 @@ def test_adapters_on_top_of_each_other_are_refused(make_trainer):
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="active adapters default, second: leave the one .* merge the others"):
         make_trainer(model=model, trainer={"retain_dataset": sentences()})
+
+
+FRESH = [
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "gaussian"},
+    {"modules_to_save": ["norm"]},
+    {"use_dora": True},
+]
+
+
+@pytest.mark.parametrize("lora", FRESH)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_adds_nothing_yet_is_taken(make_trainer, lora, dtype):
+    options = {"max_steps": 1, "model_init_kwargs": {"dtype": dtype}}
+    trainer = make_trainer(lora=LINEAR | lora, trainer={"retain_dataset": sentences()}, **options)
+    assert trainer.nspo2_retained.config.project == "after"
+
+
+def test_of_a_trained_adapter_whose_b_is_frozen(make_trainer):
+    """As MiCA trains it."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(**LINEAR))
+    for name, param in model.named_parameters():
+        if ".lora_B." in name:
+            param.data.fill_(0.1)
+            param.requires_grad_(False)
+    with pytest.raises(ValueError, match="take away what the adapter already does"):
+        make_trainer(model=model, trainer={"retain_dataset": sentences()})
+    model.delete_adapter("ref")
+    trainer = make_trainer(model=model, trainer={"retain_dataset": sentences()}, nspo2_retain_project="no")
+    assert abs(trainer.nspo2_retained.measure()["kl"]) < 1e-6
+
+
+def test_attached_again_after_a_refusal(make_trainer):
+    trainer = make_trainer(DPOTrainer, lora=LINEAR | {"init_lora_weights": "pissa"})
+    with pytest.raises(ValueError, match="take away what the adapter already does"):
+        attach_nspo2(trainer, retain_dataset=sentences())
+    attach_nspo2(trainer, retain_dataset=sentences(), retain_config=RetainConfig(project="no"))
+    assert figures(done(trainer), "retain_kl")

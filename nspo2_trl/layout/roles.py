@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
+
+ROUNDING = (
+    1e-2  # of ‖B‖ ‖A‖: `orthogonal` starts with B A = 0 that bfloat16 rounds; of trained ones it is 0.1 and more
+)
 
 
 @dataclass
@@ -79,6 +84,20 @@ def input_adapters(model: nn.Module, adapter_name: str) -> list[InputAdapter]:
     if not found:
         raise ValueError(f"The adapter {adapter_name!r} stands on no linear layer, so there is nothing to project.")
     return found
+
+
+def adds_something(adapters: Sequence[InputAdapter], adapter_name: str) -> bool:
+    """Whether B A is more than rounding in one of `adapters`: ‖B A‖² = tr(BᵀB AAᵀ). What is sharded is skipped."""
+    for adapter in adapters:
+        layer: Any = adapter.module
+        down, up = adapter.weight.detach(), layer.lora_B[adapter_name].weight.detach()
+        if down.is_meta or not down.numel() or not up.numel():
+            continue
+        down, up = down.double(), up.double()
+        square = ((up.T @ up) * (down @ down.T)).sum()
+        if square > (ROUNDING * torch.linalg.vector_norm(up) * torch.linalg.vector_norm(down)) ** 2:
+            return True
+    return False
 
 
 def unprotected(model: nn.Module, adapter_name: str) -> dict[str, list[str]]:

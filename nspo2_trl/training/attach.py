@@ -48,6 +48,10 @@ def attach_nspo2(
         setattr(args, f"nspo2_retain_{name}", value)
     tags = {"_tag_names": [*getattr(kind, "_tag_names", []), "nspo2"]}
     trainer.__class__ = type(f"NSPO2{kind.__name__}", (NSPO2Mixin, kind), tags)
-    assert isinstance(trainer, NSPO2Mixin)
-    trainer._nspo2_setup(retain_dataset)
+    changed: Any = trainer
+    try:
+        changed._nspo2_setup(retain_dataset)
+    except BaseException:
+        changed.__class__ = kind  # so that it can be called again
+        raise
     return trainer

@@ -86,7 +86,7 @@ def retain_adapter(
     }
 
 
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # values of PEFT's `init_lora_weights`
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of PEFT's `init_lora_weights`
 
 
 def sound_adapters(model: PeftModel, adapter_name: str) -> list[InputAdapter]:
@@ -95,9 +95,10 @@ def sound_adapters(model: PeftModel, adapter_name: str) -> list[InputAdapter]:
     start = getattr(model.peft_config[adapter_name], "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
         raise ValueError(
-            f"The adapter {adapter_name!r} has `init_lora_weights={start!r}`, which takes a part of the base model's "
-            "weights into the adapter, and the projection would remove it. Convert it to a plain adapter: save it "
-            "with `path_initial_model_for_weight_conversion`, the folder of the adapter before training."
+            f"The adapter {adapter_name!r} has `init_lora_weights={start!r}`: it holds a part of the base model's "
+            "weights, which the projection would remove. Convert it to a plain adapter with PEFT's "
+            "`path_initial_model_for_weight_conversion`; without the adapter's start, or with LoftQ, train it anew "
+            "without that option."
         )
     own = (param for name, param in model.named_parameters() if f".{adapter_name}." in name and "lora_" in name)
     if not all(torch.isfinite(param).all() for param in own):

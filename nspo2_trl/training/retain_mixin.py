@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
-from ..layout.roles import input_adapters, unprotected
+from ..layout.roles import adds_something, input_adapters, unprotected
 from ..projections.protocol import Projection
 from ..retain_config import RetainConfig
 from .options import retain_options
@@ -58,22 +58,23 @@ class RetainMixin(_BaseTrainer):
                 f"`nspo2_retain_dataset` with the active adapters {', '.join(model.active_adapters)}: leave the one "
                 "that is trained, and merge the others into the base model."
             )
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if args.nspo2_enabled and config.project == "during" and deepspeed:
+            raise ValueError("`nspo2_retain_project='during'` does not work with DeepSpeed: set it to 'after'.")
+        if args.nspo2_enabled and config.project != "no":
+            adapters = input_adapters(model, model.active_adapters[0])  # refuses other kinds, before texts are read
+            if adds_something(adapters, model.active_adapters[0]):
+                raise ValueError(
+                    "`nspo2_retain_project` would take away what the adapter already does on the retained texts. If "
+                    "it was trained before, merge it into the base model and train a new one. If it starts from the "
+                    "base model's weights, as PiSSA, OLoRA and CorDA do, leave `init_lora_weights` out. Or set "
+                    "`nspo2_retain_project` to 'no', which leaves the KL term."
+                )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and adds(model):
             raise ValueError(
                 "`nspo2_retain_dataset` with an adapter that was trained before needs the adapter as it was on each "
                 "process, which FSDP2 and DeepSpeed shard: launch with DDP, or merge the adapter into the base model."
             )
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if args.nspo2_enabled and config.project == "during" and deepspeed:
-            raise ValueError("`nspo2_retain_project='during'` does not work with DeepSpeed: set it to 'after'.")
-        if args.nspo2_enabled and config.project != "no" and adds(model):
-            raise ValueError(
-                "`nspo2_retain_project` would take away what the adapter already does on the retained texts: it was "
-                "trained before, or starts as PiSSA, OLoRA or CorDA do. Merge it into the base model and train a new "
-                "one, or set `nspo2_retain_project` to 'no', which leaves the KL term."
-            )
-        if args.nspo2_enabled and config.project != "no":
-            input_adapters(model, model.active_adapters[0])  # refuses other kinds, before texts are read
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.nspo2_retained = Retained(model, dataset, tokenizer, config, str(args.output_dir), args.seed)
         self.nspo2_retained.refuse_pairs(self.train_dataset)

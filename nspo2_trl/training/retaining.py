@@ -122,8 +122,12 @@ def frozen_state(model: PeftModel) -> Frozen | None:
 
 
 def adds(model: PeftModel) -> bool:
-    """Whether what is trained changes the base model already: a trained adapter is trained on."""
-    return any(_adds(name, param) for name, param in model.named_parameters() if param.requires_grad)
+    """Whether what is trained may change the base model already: a trained adapter is trained on."""
+    active = set(model.active_adapters)
+    params = ((name, param, set(name.split("."))) for name, param in model.named_parameters())
+    return any(
+        _adds(name, param) for name, param, parts in params if param.requires_grad or parts >= {"lora_B"} | active
+    )
 
 
 def _adds(name: str, param: torch.Tensor) -> bool:

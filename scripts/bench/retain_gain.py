@@ -13,15 +13,19 @@ from nspo2_trl.cli.plots import COLORS
 from .retain_about import cost
 from .retain_judge import METHODS, Row, is_rival, judge, logs, lowest_loss, read, settings
 from .retain_page import studies
-from .stats import interval
+from .stats import interval, p_value
 
-READING = "Means and 95 % intervals over seeds. The time is that of training, with that of K added where it is used."
+READING = (
+    "Means and 95 % intervals over seeds; of fewer than 6, median and range. The time is that of training, with K's "
+    "added where it is used. Left out is what has no share in the table above."
+)
 
 
 def by_texts(rows: Sequence[Row], kind: str) -> list[tuple[int, list[float]]]:
     """The number of texts that K is of, and the logarithms of the shares of KL on texts of a `kind`, one per seed."""
     groups = [group for group in settings(judge(rows)) if group[0]["control"].startswith("texts")]
-    return [(int(group[0]["control"].removeprefix("texts")), logs(group, kind) or []) for group in groups]
+    known = [(int(group[0]["control"].removeprefix("texts")), logs(group, kind)) for group in groups]
+    return [(number, values) for number, values in known if values]
 
 
 def by_time(about: dict, rows: Sequence[Row], kind: str) -> list[tuple[str, float, list[float]]]:
@@ -33,15 +37,17 @@ def by_time(about: dict, rows: Sequence[Row], kind: str) -> list[tuple[str, floa
     found = []
     for group in lowest_loss(settings(judge(rows))):
         method, rank = group[0]["method"], group[0]["rank"]
-        if not group[0]["control"] and (values := logs(group, kind)):
+        time = (with_k if rank else plain).get(method)
+        if time and not group[0]["control"] and (values := logs(group, kind)):
             name = METHODS[method].words + (f", {rank} directions" if rank else "")
-            found.append((name, (with_k if rank else plain)[method], [0.0] if is_rival(group[0]) else values))
+            found.append((name, time, [0.0] if is_rival(group[0]) else values))
     return found
 
 
 def point(axis: Any, x: float, values: list[float], marker: str = "o", **style: Any) -> None:
-    middle = statistics.fmean(values)
-    low, high = interval(values) or (min(values), max(values))
+    few = p_value(values) is None
+    middle = statistics.median(values) if few else statistics.fmean(values)
+    low, high = (None if few else interval(values)) or (min(values), max(values))
     bars = [[max(0.0, math.exp(middle) - math.exp(low))], [max(0.0, math.exp(high) - math.exp(middle))]]
     axis.errorbar([x], [math.exp(middle)], yerr=bars, fmt=marker, markersize=5, **style)
 
@@ -58,7 +64,8 @@ def draw(about: dict, rows: Sequence[Row], path: Path) -> None:
             point(left, number, values, color=COLORS[i][0], label=None if j else kind)
     left.set_xscale("log", base=2)
     left.set(xlabel="retained texts", ylabel="KL, share of plain's at equal held-out loss")
-    left.set_title("12 directions after training, of so many texts")
+    rank = max(row["rank"] for row in rows if row["control"].startswith("texts"))
+    left.set_title(f"{rank} directions after training, of so many texts")
     left.legend()
     for i, (name, time, values) in enumerate(by_time(about, rows, kinds[0])):
         color, marker = COLORS[i % len(COLORS)][0], "osD^v"[i // len(COLORS)]

@@ -30,24 +30,31 @@ READING = """- One line per adapter, at the scale of lowest mean held-out loss; 
 - After it, its share of what plain's adapter of the same seed has, merely scaled to the same held-out loss: geometric
   mean, 95 % bootstrap interval and p (sign-flip test that the share is 1, exact up to 13 seeds). Of fewer than 6
   seeds: median and range.
-- Between the scales measured, plain's log KL is taken to be linear in its loss. A loss below all of them counts as the
-  lowest: what learns more than plain looks worse here than it is, see the tables at one loss. No share is given where
-  the loss is above all of them.
+- Between the scales measured, up to that of lowest loss, plain's log KL is taken to be linear in its loss. A loss
+  below counts as the lowest: what learns more than plain looks worse here than it is, see the tables at one loss. A
+  loss above all of them has no share; a line has none where less than three quarters of its seeds do.
 - Seeds differ in the order of the pairs and the start of LoRA, not in what is measured on.
 - Controls: as many random orthonormal directions; K of the pairs' own texts; K of the next layer's input."""
+ENOUGH = 0.75  # of the seeds
 CONTROLS = {"": "directions", "random": "random", "pairs": "of the pairs", "layer": "of another layer"}
 K_TIME = "seconds_of_k.json"
 LOTS = ("scaled", "rank", "texts", *filter(None, CONTROLS))  # names of lots begin so
 
 
+def falling(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one adapter up to the scale of lowest loss; beyond it a larger scale learns less and forgets more."""
+    best = min(rows, key=lambda row: row["loss"])
+    return [row | {"rank": 0} for row in rows if row["scale"] <= best["scale"]]
+
+
 def kl_at(rows: Sequence[Row], kind: str, loss: float) -> float | None:
     """KL on texts of a `kind` that an adapter, merely scaled as in `rows` of rank 0, has at a held-out loss.
 
-    Log KL is taken to be linear in the loss between two scales. A loss that no scale reaches counts as the lowest that
-    one does, which favours the scaled adapter. None where the loss is above that of all scales.
+    Log KL is taken to be linear in the loss between two scales up to that of lowest loss. A loss below that counts as
+    the lowest, which favours the scaled adapter. None where the loss is above that of all these scales.
     """
     lowest = min(row["loss"] for row in rows)
-    return scaled_kl(list(rows), kind, max(loss, lowest))
+    return scaled_kl(falling(rows), kind, max(loss, lowest))
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
@@ -111,14 +118,16 @@ def cells(group: Sequence[Row]) -> list[str]:
     for kind in first["retained"]:
         kl = statistics.median(row["retained"][kind]["kl"] for row in group)
         shares = logs(group, kind)
-        found.append(f"{kl:.2g}, " + ("1" if is_rival(first) else ratio(shares) if shares else "-"))
+        text = "1" if is_rival(first) else ratio(shares) if shares else "-"
+        fewer = f" ({len(shares)} seeds)" if shares and len(shares) < len(group) and not is_rival(first) else ""
+        found.append(f"{kl:.2g}, {text}{fewer}")
     return found
 
 
 def logs(group: Sequence[Row], kind: str) -> list[float] | None:
-    """Logarithms of the shares, one per seed; None where a seed has none."""
-    shares = [row["share"].get(kind) for row in group]
-    return None if None in shares else [math.log(max(share, 1e-9)) for share in shares]
+    """Logarithms of the shares, one per seed that has one; None where less than `ENOUGH` of the seeds do."""
+    shares = [share for row in group if (share := row["share"].get(kind)) is not None]
+    return [math.log(max(share, 1e-9)) for share in shares] if len(shares) >= ENOUGH * len(group) else None
 
 
 def ratio(values: Sequence[float]) -> str:
@@ -139,7 +148,7 @@ def compare(groups: Sequence[list[Row]]) -> list[str]:
     """Per kind of text: the lowest share of an adapter off our directions, against the lowest of one that is not."""
     lines = []
     for kind in groups[0][0]["retained"]:
-        known = [(found, group) for group in groups if (found := logs(group, kind)) and len(group) == len(groups[0])]
+        known = [(found, group) for group in groups if len(found := logs(group, kind) or []) == len(groups[0])]
         ranked = sorted(known, key=lambda pair: statistics.fmean(pair[0]))
         ours = next((pair for pair in ranked if pair[1][0]["rank"] and not pair[1][0]["control"]), None)
         rival = next((pair for pair in ranked if not pair[1][0]["rank"]), None)
@@ -183,16 +192,16 @@ def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
         for group in shown:
             seeds = {row["seed"]: (row["retained"][kind]["kl"], row["loss"]) for row in group}
             label = f"{METHODS[group[0]['method']].words}, {taken_out(group[0]['rank'], group[0]['control'])}"
-            middle = statistics.geometric_mean(kl for kl, _ in seeds.values())
+            middle = statistics.geometric_mean(max(kl, 1e-12) for kl, _ in seeds.values())
             lines.setdefault(label, []).append((middle, mean(group, "loss"), seeds))
         curves = {label: points for label, points in lines.items() if len(points) > 1}
-        for (label, points), (color, _) in zip(curves.items(), COLORS):
-            for seed in points[0][2]:
+        for i, (label, points) in enumerate(curves.items()):
+            color, style = COLORS[i % len(COLORS)][0], ("o-", "s--", "^:")[i // len(COLORS) % 3]
+            for seed in {seed for _, _, seeds in points for seed in seeds}:
                 own = [seeds[seed] for _, _, seeds in points if seed in seeds]
                 axis.plot(*zip(*own), "-", color=color, linewidth=0.6, alpha=0.3)
-            axis.plot(
-                *zip(*[point[:2] for point in points]), "o-", color=color, markersize=3, linewidth=1.8, label=label
-            )
+            middles = zip(*(point[:2] for point in points))
+            axis.plot(*middles, style, color=color, markersize=3, linewidth=1.8, label=label)
         controls = [(label, points[0]) for label, points in lines.items() if len(points) == 1 and "texts" not in label]
         for (label, point), marker in zip(controls, "x+1234"):
             axis.plot(*point[:2], marker, color="black", label=label)

@@ -108,7 +108,7 @@ def corda_start(base: Any, texts: Sequence[str], tokenizer: Any, lora: LoraConfi
 
 
 def train(options: argparse.Namespace, texts: list[str], name: str, seed: int, folder: Path) -> None:
-    """One run, its adapter into `folder`, with run.json: losses, processor seconds, a step.s time, the term.s."""
+    """One run, its adapter into `folder`, with run.json: losses, processor seconds, times of a step and KL term."""
     if (folder / "run.json").exists():
         return
     method, (config_class, kind, rows, examples) = METHODS[name], TRAINERS[options.trainer]

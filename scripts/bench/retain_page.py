@@ -10,12 +10,14 @@ from nspo2_trl.cli.frontier import scaled_kl
 
 from .retain_about import words
 from .retain_judge import (
+    ENOUGH,
     METHODS,
     READING,
     Row,
     cells,
     compare,
     draw,
+    falling,
     head,
     is_rival,
     judge,
@@ -31,7 +33,6 @@ from .retain_judge import (
 
 STUDIES = ["smollm2", "harmless", "french", "sums-tuned", "sums-gold"]  # shown first, in this order
 TARGETS = [1.0, 0.75, 0.6, 0.45]  # scales of plain's adapter
-ENOUGH = 0.75  # of the seeds
 UNTRAINED = math.log(2)  # preference loss before training
 AT_ONE_LOSS = (
     "KL as a share of that of plain's adapter at scale {target:g}, each adapter moved along its own scales, up to "
@@ -39,13 +40,8 @@ AT_ONE_LOSS = (
     "{enough:.0%} of their seeds."
 )
 UNREACHED = " With {rank} directions the loss at larger scales is not reached."
+NOWHERE = "There is no table at one loss: no loss of plain's scales is enclosed with {rank} directions."
 WORSE = "Plain's loss there is above that before training: the table says nothing about equal preference."
-
-
-def falling(rows: Sequence[Row]) -> list[Row]:
-    """Rows of one adapter up to the scale of lowest loss; beyond it a larger scale learns less and forgets more."""
-    best = min(rows, key=lambda row: row["loss"])
-    return [row | {"rank": 0} for row in rows if row["scale"] <= best["scale"]]
 
 
 def shares(rows: Sequence[Row], scale: float) -> dict[tuple, dict[str, list[float]]]:
@@ -90,7 +86,7 @@ def at_one_loss(rows: Sequence[Row], untrained: float | None = UNTRAINED) -> lis
         if ("plain", rank, "") in found:
             break
     else:
-        return []
+        return ["", NOWHERE.format(rank=rank)]
     loss = mean([row for row in rows if is_rival(row) and row["scale"] == target], "loss")
     unreached = "" if target == TARGETS[0] else UNREACHED.format(rank=rank)
     lines = ["", AT_ONE_LOSS.format(target=target, loss=loss, unreached=unreached, enough=ENOUGH)]
