@@ -31,7 +31,7 @@ from .retain_judge import (
     taken_out,
 )
 
-STUDIES = ["smollm2", "harmless", "french", "sums-tuned", "sums-gold"]  # shown first, in this order
+STUDIES = ["smollm2", "harmless", "french", "sums-tuned", "sums-slow", "sums-gold"]  # shown first, in this order
 TARGETS = [1.0, 0.75, 0.6, 0.45]  # scales of plain's adapter
 UNTRAINED = math.log(2)  # preference loss before training
 AT_ONE_LOSS = (
