@@ -247,12 +247,14 @@ def test_gain_against_texts_and_time():
             row(seed=seed, rank=3, scale=s, loss=loss, kl=0.1 * math.exp(-10 * loss))
             for s, loss in ((1, 0.4), (0.5, 0.6))
         ]
-    texts = retain_gain.by_texts(rows, "prose")
+    texts = retain_gain.by_texts(retain_judge.judge(rows), "prose")
     assert [n for n, _ in texts] == [8, 64]
     assert [values for _, values in texts] == [pytest.approx([math.log(f)] * 2) for f in (0.2, 0.1)]
     seconds = {"plain-s0": 10.0, "plain-s1": 20.0, "kl2-s0": 12.0, "kl2-s1": 28.0}
     about = {"runs": [{"adapter": name, "seconds": value} for name, value in seconds.items()], "seconds_of_k": 5.0}
-    found = {name: (time, values) for name, time, values in retain_gain.by_time(about, rows, "prose")}
+    found = {
+        name: (time, values) for name, time, values in retain_gain.by_time(about, retain_judge.judge(rows), "prose")
+    }
     assert found["plain"] == (1.0, [0.0])
     assert found["KL term, weight 2"] == (pytest.approx(1.3), pytest.approx([math.log(0.5)] * 2))
     assert found["plain, 3 directions"] == (pytest.approx(1.375), pytest.approx([math.log(0.1)] * 2))

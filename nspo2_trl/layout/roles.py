@@ -11,9 +11,8 @@ from peft import PeftConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
-ROUNDING = (
-    1e-2  # of ‖B‖ ‖A‖: `orthogonal` starts with B A = 0 that bfloat16 rounds; of trained ones it is 0.1 and more
-)
+# ‖B A‖ as a share of ‖B‖ ‖A‖: `orthogonal` starts with B A = 0, which bfloat16 rounds; trained ones have 0.1 and more
+ROUNDING = 1e-2
 
 
 @dataclass

@@ -124,15 +124,12 @@ def frozen_state(model: PeftModel) -> Frozen | None:
 def adds(model: PeftModel) -> bool:
     """Whether what is trained may change the base model already: a trained adapter is trained on."""
     active = set(model.active_adapters)
-    params = ((name, param, set(name.split("."))) for name, param in model.named_parameters())
-    return any(
-        _adds(name, param) for name, param, parts in params if param.requires_grad or parts >= {"lora_B"} | active
-    )
+    params = ((set(name.split(".")), param) for name, param in model.named_parameters())
+    return any(_adds(parts, param) for parts, param in params if param.requires_grad or parts >= {"lora_B"} | active)
 
 
-def _adds(name: str, param: torch.Tensor) -> bool:
-    """Whether a trained parameter's value is not that of the base model with the adapter off."""
-    parts = name.split(".")
+def _adds(parts: set[str], param: torch.Tensor) -> bool:
+    """Whether the value of a parameter, of which `parts` is the name, is not that of the base with the adapter off."""
     if "lora_B" in parts or "lora_embedding_B" in parts:
         return param.device.type != "meta" and bool(param.detach().any())
     return not any("lora_" in part for part in parts) and "modules_to_save" not in parts

@@ -21,21 +21,21 @@ READING = (
 )
 
 
-def by_texts(rows: Sequence[Row], kind: str) -> list[tuple[int, list[float]]]:
+def by_texts(judged: Sequence[Row], kind: str) -> list[tuple[int, list[float]]]:
     """The number of texts that K is of, and the logarithms of the shares of KL on texts of a `kind`, one per seed."""
-    groups = [group for group in settings(judge(rows)) if group[0]["control"].startswith("texts")]
+    groups = [group for group in settings(judged) if group[0]["control"].startswith("texts")]
     known = [(int(group[0]["control"].removeprefix("texts")), logs(group, kind)) for group in groups]
     return [(number, values) for number, values in known if values]
 
 
-def by_time(about: dict, rows: Sequence[Row], kind: str) -> list[tuple[str, float, list[float]]]:
+def by_time(about: dict, judged: Sequence[Row], kind: str) -> list[tuple[str, float, list[float]]]:
     """Of each adapter its name, processor time as a share of plain's training, and shares as in `by_texts`.
 
     At the scale of lowest held-out loss, where plain has a scale of that loss. K's time is added where it is used.
     """
     plain, with_k = cost(about["runs"]), cost(about["runs"], about["seconds_of_k"])
     found = []
-    for group in lowest_loss(settings(judge(rows))):
+    for group in lowest_loss(settings(judged)):
         method, rank = group[0]["method"], group[0]["rank"]
         time = (with_k if rank else plain).get(method)
         if time and not group[0]["control"] and (values := logs(group, kind)):
@@ -56,18 +56,18 @@ def draw(about: dict, rows: Sequence[Row], path: Path) -> None:
     """Left: share of plain's KL against the number of texts; right: against time, for the first kind of text."""
     from matplotlib.figure import Figure
 
-    kinds = list(rows[0]["retained"])
+    kinds, judged = list(rows[0]["retained"]), judge(rows)
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, kind in enumerate(kinds):
-        for j, (number, values) in enumerate(by_texts(rows, kind)):
+        for j, (number, values) in enumerate(by_texts(judged, kind)):
             point(left, number, values, color=COLORS[i][0], label=None if j else kind)
     left.set_xscale("log", base=2)
     left.set(xlabel="retained texts", ylabel="KL, share of plain's at equal held-out loss")
     rank = max(row["rank"] for row in rows if row["control"].startswith("texts"))
     left.set_title(f"{rank} directions after training, of so many texts")
     left.legend()
-    for i, (name, time, values) in enumerate(by_time(about, rows, kinds[0])):
+    for i, (name, time, values) in enumerate(by_time(about, judged, kinds[0])):
         color, marker = COLORS[i % len(COLORS)][0], "osD^v"[i // len(COLORS)]
         point(right, time, values, color=color, marker=marker, label=name)
     right.set(xlabel="processor time of training, and of K, as a share of plain's", ylabel=f"KL on {kinds[0]}, share")

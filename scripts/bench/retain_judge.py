@@ -102,13 +102,16 @@ def taken_out(rank: int, control: str) -> str:
     return f"{rank} {of}" if rank else "only scaled"
 
 
+def named(row: Row) -> list[str]:
+    """How it was trained, and what was taken out."""
+    return [METHODS[row["method"]].words, taken_out(row["rank"], row["control"])]
+
+
 def cells(group: Sequence[Row]) -> list[str]:
     """The line of a setting: what it is, seeds, loss, and per kind of text KL with its share."""
     first = group[0]
-    method = METHODS[first["method"]].words
     found = [
-        method,
-        taken_out(first["rank"], first["control"]),
+        *named(first),
         f"{first['scale']:g}",
         str(len(group)),
         f"{mean(group, 'loss'):.3f}",
@@ -153,7 +156,7 @@ def compare(groups: Sequence[list[Row]]) -> list[str]:
         ours = next((pair for pair in ranked if pair[1][0]["rank"] and not pair[1][0]["control"]), None)
         rival = next((pair for pair in ranked if not pair[1][0]["rank"]), None)
         if ours and rival:
-            names = [", ".join(cells(group)[:2]) for _, group in (ours, rival)]
+            names = [", ".join(named(group[0])) for _, group in (ours, rival)]
             differences = [a - b for a, b in zip(ours[0], rival[0], strict=True)]
             lines.append(f"- {kind}: {names[0]}, has {ratio(differences)} of the share of {names[1]}.")
     return lines
@@ -191,7 +194,7 @@ def draw(rows: Sequence[Row], path: Path, rank: int) -> None:
         lines: dict[str, list[tuple[float, float, dict[int, tuple[float, float]]]]] = {}
         for group in shown:
             seeds = {row["seed"]: (row["retained"][kind]["kl"], row["loss"]) for row in group}
-            label = f"{METHODS[group[0]['method']].words}, {taken_out(group[0]['rank'], group[0]['control'])}"
+            label = ", ".join(named(group[0]))
             middle = statistics.geometric_mean(max(kl, 1e-12) for kl, _ in seeds.values())
             lines.setdefault(label, []).append((middle, mean(group, "loss"), seeds))
         curves = {label: points for label, points in lines.items() if len(points) > 1}

@@ -59,9 +59,11 @@ def shares(rows: Sequence[Row], scale: float) -> dict[tuple, dict[str, list[floa
     for key, seeds in groups.items():
         logs: dict[str, list[float]] = {kind: [] for kind in kinds}
         for seed, own in seeds.items():
-            for kind in kinds if seed in target else ():
-                plain = scaled_kl(falling(groups["plain", 0, ""][seed]), kind, target[seed])
-                kl = scaled_kl(falling(own), kind, target[seed])
+            if seed not in target:
+                continue
+            ours, plains = falling(own), falling(groups["plain", 0, ""][seed])
+            for kind in kinds:
+                kl, plain = (scaled_kl(one, kind, target[seed]) for one in (ours, plains))
                 if kl and plain:
                     logs[kind].append(math.log(kl / plain))
         if all(len(values) >= max(1, ENOUGH * len(seeds)) for values in logs.values()):
